@@ -1,0 +1,237 @@
+"""SamplingParams: how the tokens of one request are chosen and when it stops.
+
+The defaults below are the only ones; ``docs/sampling.md`` shows them as a table, checked by a test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmapi.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    import torch
+
+LogitsProcessor = Callable[..., "torch.Tensor"]
+ReturnLogits = Literal["context", "generation", "both"]
+
+_MAX_LOGPROBS = 1024
+_MAX_N = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is decoded. All arguments are keywords; all have a default.
+
+    Args:
+        n: number of sequences to sample from the prompt; they share the prompt's KV blocks. From 1 to 1024.
+        temperature: divides the logits; 0 means greedy. At least 0.
+        top_k: keep the ``k`` most probable tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches ``p`` (Holtzman et al. 2019,
+            arXiv:1904.09751). In (0, 1].
+        min_p: drop tokens less probable than ``min_p`` times the most probable one (Nguyen et al. 2024,
+            arXiv:2407.01082). In [0, 1].
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output
+            (Keskar et al. 2019, arXiv:1909.05858). Greater than 0; 1 is off.
+        presence_penalty: subtracted from the logit of each token already in the output. In [-2, 2].
+        frequency_penalty: subtracted once for each time a token is in the output. In [-2, 2].
+        seed: makes this request reproducible: the same text alone, in any batch and across runs. From 0 to 2**64 - 1.
+        stop: text or texts that end a sequence; they may span tokens.
+        stop_token_ids: token ids that end a sequence, besides those of the model's generation_config.json.
+        bad_words: texts that never appear as a token sequence of the output.
+        logit_bias: token id to a value added to its logit, in [-100, 100].
+        ignore_eos: go on past the model's end-of-sequence tokens.
+        include_stop_str_in_output: keep the stop text at the end of ``text``.
+        skip_special_tokens: leave special tokens out of ``text``.
+        spaces_between_special_tokens: put spaces between special tokens where they are kept.
+        min_tokens: no end of sequence and no stop before this many tokens.
+        max_tokens: stop after this many tokens; None goes on to the engine's ``max_seq_len``.
+        logprobs: log probabilities of each output token and the ``k`` most probable ones; 0 gives the token alone,
+            None nothing.
+        prompt_logprobs: likewise for the prompt's tokens.
+        logits_processors: functions ``(output_token_ids, logits) -> logits`` or
+            ``(prompt_token_ids, output_token_ids, logits) -> logits`` on a float32 vector of the vocabulary's size,
+            run in order before everything else.
+        detokenize: False leaves ``text`` empty and skips the tokenizer (stop texts then cannot be used).
+        return_logits: ``"generation"`` (or True) keeps the raw logits of each output token, ``"context"`` those of
+            each prompt token, ``"both"`` both.
+
+    Raises:
+        ConfigError: an unknown name or a value outside its range; the message gives both.
+
+    Example:
+        >>> SamplingParams(temperature=0.8, top_p=0.95, max_tokens=64, seed=1).greedy
+        False
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    logit_bias: Mapping[int, float] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    min_tokens: int = 0
+    max_tokens: int | None = 256
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
+    detokenize: bool = True
+    return_logits: bool | ReturnLogits = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
+        valid = [f.name for f in fields(cls)]
+        if args:
+            raise ConfigError(f"SamplingParams takes keyword arguments only, e.g. temperature=0.8; got {args[0]!r}")
+        for name in kwargs:
+            if name not in valid:
+                raise ConfigError(unknown_name("SamplingParams argument", name, valid))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._whole("n", 1, _MAX_N)
+        self._real("temperature", 0.0, math.inf)
+        self._whole("top_k", -1)
+        self._real("top_p", 0.0, 1.0, open_low=True)
+        self._real("min_p", 0.0, 1.0)
+        self._real("repetition_penalty", 0.0, math.inf, open_low=True)
+        self._real("presence_penalty", -2.0, 2.0)
+        self._real("frequency_penalty", -2.0, 2.0)
+        self._whole("seed", 0, 2**64 - 1, optional=True)
+        self._whole("min_tokens", 0)
+        self._whole("max_tokens", 1, optional=True)
+        self._whole("logprobs", 0, _MAX_LOGPROBS, optional=True)
+        self._whole("prompt_logprobs", 0, _MAX_LOGPROBS, optional=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ConfigError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: lower the one or raise the other"
+            )
+        if self.n > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"n={self.n} with temperature=0 would give {self.n} equal sequences: set temperature above 0, or n=1"
+            )
+        self._set("stop", self._strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
+        self._set("bad_words", self._strings("bad_words", self.bad_words))
+        self._set("stop_token_ids", self._ids("stop_token_ids", self.stop_token_ids))
+        self._set("logit_bias", self._bias(self.logit_bias))
+        self._set("logits_processors", self._processors(self.logits_processors))
+        self._set("return_logits", self._logits(self.return_logits))
+        if self.stop and not self.detokenize:
+            raise ConfigError(
+                "stop texts need the text: use detokenize=True, or stop_token_ids instead of stop"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken at each step (``temperature == 0``)."""
+        return self.temperature == 0.0
+
+    @property
+    def returns_context_logits(self) -> bool:
+        """Whether the raw logits of the prompt are kept."""
+        return self.return_logits in ("context", "both")
+
+    @property
+    def returns_generation_logits(self) -> bool:
+        """Whether the raw logits of the output are kept."""
+        return self.return_logits in ("generation", "both")
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether every prompt position must be projected to the vocabulary."""
+        return self.prompt_logprobs is not None or self.returns_context_logits
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _whole(self, name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        limit = f"at least {low}" if high is None else f"from {low} to {high}"
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name}={value!r}: give a whole number {limit}" + (" or None" if optional else ""))
+        if value < low or (high is not None and value > high):
+            raise ConfigError(f"{name}={value} is out of range: give a whole number {limit}")
+
+    def _real(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        bracket = "(" if open_low else "["
+        limit = f"{bracket}{low:g}, {high:g}" + (")" if math.isinf(high) else "]")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{name}={value!r}: give a number in {limit}")
+        if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+            raise ConfigError(f"{name}={value} is out of range: give a number in {limit}")
+
+    @staticmethod
+    def _strings(name: str, values: object) -> tuple[str, ...]:
+        if values is None:
+            return ()
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise ConfigError(f"{name}={values!r}: give a list of texts")
+        for value in values:
+            if not isinstance(value, str) or not value:
+                raise ConfigError(f"{name} holds {value!r}: every entry must be a text of at least one character")
+        return tuple(values)
+
+    @staticmethod
+    def _ids(name: str, values: object) -> tuple[int, ...]:
+        if values is None:
+            return ()
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise ConfigError(f"{name}={values!r}: give a list of token ids")
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name} holds {value!r}: token ids are whole numbers from 0")
+        return tuple(values)
+
+    @staticmethod
+    def _bias(values: object) -> dict[int, float]:
+        if values is None:
+            return {}
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"logit_bias={values!r}: give a dict from token id to a number in [-100, 100]")
+        out: dict[int, float] = {}
+        for key, value in values.items():
+            if isinstance(key, bool) or not isinstance(key, int) or key < 0:
+                raise ConfigError(f"logit_bias has the key {key!r}: keys are token ids, whole numbers from 0")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
+                raise ConfigError(f"logit_bias[{key}]={value!r} is out of range: give a number in [-100, 100]")
+            out[key] = float(value)
+        return out
+
+    @staticmethod
+    def _processors(values: object) -> tuple[LogitsProcessor, ...]:
+        if values is None:
+            return ()
+        if callable(values):
+            raise ConfigError("logits_processors takes a list of functions: put the function in [ ]")
+        if not isinstance(values, Sequence):
+            raise ConfigError(f"logits_processors={values!r}: give a list of functions")
+        for value in values:
+            if not callable(value):
+                raise ConfigError(f"logits_processors holds {value!r}, which cannot be called")
+        return tuple(values)
+
+    @staticmethod
+    def _logits(value: object) -> bool | str:
+        if value is True:
+            return "generation"
+        if value is False or value is None:
+            return False
+        if value not in ("context", "generation", "both"):
+            raise ConfigError(unknown_name("return_logits value", value, ["context", "generation", "both"]))
+        return str(value)
