@@ -1,0 +1,109 @@
+"""One safetensors file: written tensor by tensor in a chosen order, read as views of one memory map.
+
+The order is ours, not the library's: tensors that are merged (q/k/v, gate/up) lie one after the other, so that the
+merged tensor is a view too. The file is plain safetensors; any reader of the format reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from llmapi.errors import CacheError
+
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGNMENT = 4096  # of the first tensor; the format allows spaces after the header
+_CHUNK = 16 << 20  # bytes written at once
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype and shape of a tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * (4 if self.dtype == "float32" else 2)
+
+
+def write_tensors(out: BinaryIO, specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor]) -> None:
+    """Write a safetensors file, holding one tensor at a time.
+
+    Args:
+        out: where to.
+        specs: all tensors, in the file's order.
+        tensors: their values in that order; taken one by one.
+    """
+    header: dict[str, object] = {}
+    offset = 0
+    for spec in specs:
+        end = offset + spec.nbytes
+        header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    out.write(len(text).to_bytes(8, "little") + text)
+    for spec, tensor in zip(specs, tensors, strict=True):
+        assert str(tensor.dtype) == f"torch.{spec.dtype}" and tuple(tensor.shape) == spec.shape, spec
+        raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        for start in range(0, len(raw), _CHUNK):
+            out.write(raw[start : start + _CHUNK])
+
+
+class TensorFile:
+    """A mapped safetensors file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CacheError: it is not a whole safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            self._base = 8 + size
+            total = path.stat().st_size
+            try:
+                self._header: Mapping[str, dict[str, list[int]]] = json.loads(file.read(min(size, total)))
+                end = max((e["data_offsets"][1] for e in self._header.values()), default=0)
+            except (ValueError, KeyError, TypeError) as error:
+                raise CacheError(f"{path} is not a safetensors file ({error}): remove it and build again") from error
+        if self._base + end != total:
+            raise CacheError(f"{path} has {total} bytes instead of {self._base + end}: remove it and build again")
+        self._bytes = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)
+        self.path = path
+
+    def names(self) -> list[str]:
+        """Every tensor's name, in the file's order."""
+        return list(self._header)
+
+    def read(self, parts: Sequence[str]) -> torch.Tensor:
+        """A tensor, or several one below the other: a view of the map wherever they lie so in the file.
+
+        Args:
+            parts: names, of one dtype and of equal trailing sizes.
+        """
+        entries = [self._header[name] for name in parts]
+        starts = [e["data_offsets"][0] for e in entries]
+        ends = [e["data_offsets"][1] for e in entries]
+        if starts[1:] != ends[:-1]:
+            return torch.cat([self.read([name]) for name in parts])
+        dtype = _DTYPES[str(entries[0]["dtype"])]
+        rows = sum(e["shape"][0] for e in entries)
+        raw = self._bytes[self._base + starts[0] : self._base + ends[-1]]
+        return raw.view(dtype).view(rows, *entries[0]["shape"][1:])

@@ -1,0 +1,56 @@
+"""Gated feed-forward activation: ``act(gate) * up`` from one packed tensor (Shazeer 2020, arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from llmapi._kernels.op import Op, Sample
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+"""Non-linearities by the names that TransformerSpec uses."""
+
+
+def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+    """``act(gate_up[:, :I]) * gate_up[:, I:]``, computed in float32.
+
+    Args:
+        gate_up: ``[T, 2 I]``.
+        kind: a name of :data:`ACTIVATIONS`.
+    """
+    gate, up = gate_up.float().chunk(2, -1)
+    return (ACTIVATIONS[kind](gate) * up).to(gate_up.dtype)
+
+
+def _cpu(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+    if gate_up.dtype != torch.float32:
+        return gated_activation(gate_up, kind)
+    half = gate_up.shape[-1] // 2
+    return ACTIVATIONS[kind](gate_up[:, :half]).mul_(gate_up[:, half:])
+
+
+def _samples(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    for rows, half in ((1, 32), (5, 1536), (33, 129)):
+        for kind in ACTIVATIONS:
+            x = torch.randn(rows, 2 * half, generator=generator).mul_(2).to(dtype)
+            yield Sample(f"{rows}x{half} {kind}", (x, kind))
+
+
+GATED_ACTIVATION = Op(
+    name="gated_activation",
+    schema="(Tensor gate_up, str kind) -> Tensor",
+    shape=lambda gate_up, kind: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    reference=gated_activation,
+    cpu=_cpu,
+    samples=_samples,
+    tolerance={torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3},
+    reason="pointwise in float32; one rounding to the output dtype",
+)

@@ -1,0 +1,201 @@
+"""Configs: frozen, resolved once. ``"auto"`` goes in (EngineOptions), a concrete object comes out (EngineConfig)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from llmapi.errors import ConfigError, unknown_name
+from llmapi.models.spec import TransformerSpec
+
+BACKENDS = ("cpu", "cuda", "tensorrt")
+DTYPES = ("float32", "float16", "bfloat16")
+_CPU_DTYPES = ("float32", "bfloat16")
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BLOCK_SIZES = (8, 16, 32, 64, 128)
+
+Backend = Literal["cpu", "cuda", "tensorrt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvCacheConfig:
+    """Memory of keys and values.
+
+    Args:
+        block_size: tokens a block: 8, 16, 32, 64 or 128; ``"auto"`` is 16.
+        max_tokens: size of the cache in tokens over all sequences; None sizes it by memory.
+        memory_bytes: size of the cache in bytes; None sizes it from what is free.
+        memory_fraction: share of the free memory to take where neither of the above is given, in (0, 1]. None is a
+            quarter of the free host memory on the CPU, and ``gpu_memory_utilization`` on a GPU.
+        dtype: element type; ``"auto"`` is the model's.
+
+    Raises:
+        ConfigError: a value outside its range.
+
+    Example:
+        >>> KvCacheConfig(max_tokens=4096).block_size
+        'auto'
+    """
+
+    block_size: int | Literal["auto"] = "auto"
+    max_tokens: int | None = None
+    memory_bytes: int | None = None
+    memory_fraction: float | None = None
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.block_size != "auto" and self.block_size not in _BLOCK_SIZES:
+            raise ConfigError(f"block_size={self.block_size!r}: give one of {', '.join(map(str, _BLOCK_SIZES))}")
+        for name in ("max_tokens", "memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r}: give a positive whole number or None")
+        if self.max_tokens is not None and self.memory_bytes is not None:
+            raise ConfigError("max_tokens and memory_bytes both size the KV cache: give one of them")
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction={self.memory_fraction}: give a number in (0, 1]")
+        if self.dtype not in ("auto", *DTYPES):
+            raise ConfigError(unknown_name("KV cache dtype", self.dtype, ("auto", *DTYPES)))
+
+    @classmethod
+    def of(cls, value: KvCacheConfig | dict[str, Any] | None) -> KvCacheConfig:
+        """From a config, a dict of its arguments, or None for the defaults."""
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):
+            raise ConfigError(f"kv_cache_config={value!r}: give a KvCacheConfig or a dict of its arguments")
+        valid = [f.name for f in fields(cls)]
+        for name in value:
+            if name not in valid:
+                raise ConfigError(unknown_name("KvCacheConfig argument", name, valid))
+        return cls(**value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What the user asked for; None and ``"auto"`` are filled in by :func:`resolve`."""
+
+    backend: str = "auto"
+    dtype: str = "auto"
+    max_seq_len: int | None = None
+    max_batch_size: int | None = None
+    max_num_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    kv_cache: KvCacheConfig = field(default_factory=KvCacheConfig)
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", *BACKENDS):
+            raise ConfigError(unknown_name("backend", self.backend, ("auto", *BACKENDS)))
+        if self.dtype not in ("auto", *DTYPES):
+            raise ConfigError(unknown_name("dtype", self.dtype, ("auto", *DTYPES)))
+        for name in ("max_seq_len", "max_batch_size", "max_num_tokens", "tensor_parallel_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r}: give a positive whole number" + " or None" * (name[0] == "m"))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization}: give a number in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that shapes an engine, resolved.
+
+    Attributes:
+        backend, dtype, kv_dtype: where it runs and in which types.
+        max_seq_len: longest sequence in tokens, prompt and output together.
+        max_batch_size: most sequences in one step.
+        max_num_tokens: most tokens in one step.
+        block_size: tokens a KV block.
+        enable_prefix_caching: whether equal prompt beginnings share KV blocks.
+        kv_cache: how the KV memory is sized at load.
+    """
+
+    backend: Backend
+    dtype: str
+    kv_dtype: str
+    max_seq_len: int
+    max_batch_size: int
+    max_num_tokens: int
+    block_size: int
+    enable_prefix_caching: bool
+    kv_cache: KvCacheConfig
+
+    @property
+    def kv_dtype_bytes(self) -> int:
+        """Bytes of one element of the KV cache."""
+        return _BYTES[self.kv_dtype]
+
+    def shape_parts(self) -> dict[str, int | str]:
+        """What of this shapes the compiled step, by name: parts of the engine's key."""
+        return {
+            "backend": self.backend,
+            "dtype": self.dtype,
+            "kv_dtype": self.kv_dtype,
+            "max_seq_len": self.max_seq_len,
+            "max_batch_size": self.max_batch_size,
+            "max_num_tokens": self.max_num_tokens,
+            "block_size": self.block_size,
+        }
+
+
+def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
+    """Fill in what was left to us.
+
+    Args:
+        options: what the user asked for.
+        spec: the model.
+
+    Raises:
+        ConfigError: the model or the backend cannot do what was asked.
+    """
+    backend = _backend(options.backend)
+    if options.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size={options.tensor_parallel_size}: the {backend} backend runs on one device; "
+            "leave tensor_parallel_size at 1"
+        )
+    dtype = "float32" if options.dtype == "auto" else options.dtype
+    if dtype not in _CPU_DTYPES:
+        raise ConfigError(f"dtype={dtype!r} does not run on the cpu backend: use {' or '.join(_CPU_DTYPES)}")
+    limit = spec.max_position_embeddings
+    max_seq_len = options.max_seq_len or limit
+    if max_seq_len > limit:
+        raise ConfigError(
+            f"max_seq_len={max_seq_len} is more than the {limit} positions that this model was made for: give at most "
+            f"{limit}, or none for {limit}"
+        )
+    max_batch_size = options.max_batch_size or 64
+    max_num_tokens = options.max_num_tokens or max(512, max_batch_size)
+    if max_num_tokens < max_batch_size:
+        raise ConfigError(
+            f"max_num_tokens={max_num_tokens} is less than max_batch_size={max_batch_size}: a step must have room "
+            "for one token of each sequence"
+        )
+    kv_dtype = dtype if options.kv_cache.dtype == "auto" else options.kv_cache.dtype
+    if kv_dtype != dtype:
+        raise ConfigError(
+            f"KV cache dtype={kv_dtype!r} with dtype={dtype!r}: the cpu backend keeps keys and values in the model's "
+            "type; leave it at 'auto'"
+        )
+    block_size = 16 if options.kv_cache.block_size == "auto" else options.kv_cache.block_size
+    return EngineConfig(
+        backend=backend,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        max_num_tokens=max_num_tokens,
+        block_size=block_size,
+        enable_prefix_caching=options.enable_prefix_caching,
+        kv_cache=options.kv_cache,
+    )
+
+
+def _backend(asked: str) -> Backend:
+    if asked in ("auto", "cpu"):
+        return "cpu"
+    raise ConfigError(f"backend={asked!r} is not part of this release: use backend='cpu' or 'auto'")
