@@ -1,0 +1,102 @@
+"""llmapi: run large language models on NVIDIA GPUs from one Python class.
+
+>>> from llmapi import LLM, SamplingParams  # doctest: +SKIP
+>>> LLM("HuggingFaceTB/SmolLM2-135M-Instruct").generate("The capital of France is").text  # doctest: +SKIP
+' Paris.'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmapi._build.report import BuildReport
+    from llmapi._runtime.results import RequestFuture
+    from llmapi.config import KvCacheConfig
+    from llmapi.errors import (
+        BuildError,
+        CacheError,
+        CapacityError,
+        CheckpointError,
+        ConfigError,
+        EngineClosedError,
+        GatedModelError,
+        LLMAPIError,
+        ModelNotFoundError,
+        OfflineError,
+        PromptTooLongError,
+        RequestError,
+        SourceError,
+        UnsupportedModelError,
+    )
+    from llmapi.llm import LLM
+    from llmapi.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from llmapi.sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+# Where each public name lives: modules are loaded on first use, so importing llmapi costs nothing.
+_HOMES = {
+    "BuildError": "errors",
+    "BuildReport": "_build.report",
+    "CacheError": "errors",
+    "CapacityError": "errors",
+    "CheckpointError": "errors",
+    "CompletionOutput": "outputs",
+    "ConfigError": "errors",
+    "EngineClosedError": "errors",
+    "GatedModelError": "errors",
+    "KvCacheConfig": "config",
+    "LLM": "llm",
+    "LLMAPIError": "errors",
+    "Logprob": "outputs",
+    "ModelNotFoundError": "errors",
+    "OfflineError": "errors",
+    "PromptTooLongError": "errors",
+    "RequestError": "errors",
+    "RequestFuture": "_runtime.results",
+    "RequestMetrics": "outputs",
+    "RequestOutput": "outputs",
+    "SamplingParams": "sampling",
+    "SourceError": "errors",
+    "UnsupportedModelError": "errors",
+}
+
+__all__ = [
+    "LLM",
+    "BuildError",
+    "BuildReport",
+    "CacheError",
+    "CapacityError",
+    "CheckpointError",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineClosedError",
+    "GatedModelError",
+    "KvCacheConfig",
+    "LLMAPIError",
+    "Logprob",
+    "ModelNotFoundError",
+    "OfflineError",
+    "PromptTooLongError",
+    "RequestError",
+    "RequestFuture",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "SourceError",
+    "UnsupportedModelError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmapi' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"llmapi.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

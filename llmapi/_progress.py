@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from llmapi import _env
 
@@ -25,8 +26,17 @@ def bar(phase: str, total: int, unit: str = "it", *, enabled: bool = True) -> It
     if not (enabled and _env.progress()):
         yield lambda done: None
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tqdm warns where a notebook lacks ipywidgets, and draws text instead
-        from tqdm.auto import tqdm
-    with tqdm(total=total, desc=f"{phase:>8}", unit=unit, unit_scale=unit == "B", dynamic_ncols=True) as drawn:
+    with quiet_tqdm(total=total, desc=f"{phase:>8}", unit=unit, unit_scale=unit == "B") as drawn:
         yield lambda done: drawn.update(done) and None
+
+
+def quiet_tqdm(**options: Any) -> Any:
+    """A tqdm bar, as widgets in a notebook that has them and as text elsewhere, without tqdm's warning about that.
+
+    Args:
+        options: of ``tqdm``.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+    return tqdm(dynamic_ncols=True, **options)

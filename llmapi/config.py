@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmapi.errors import ConfigError, unknown_name
-from llmapi.models.spec import TransformerSpec
+
+if TYPE_CHECKING:
+    from llmapi.models.spec import TransformerSpec
 
 BACKENDS = ("cpu", "cuda", "tensorrt")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import llmapi._kernels  # noqa: F401  (defines torch.ops.llmapi)
 from llmapi._build.graph import STEP_INPUTS, Graph, Input, Node, Ref
 from llmapi._build.rewrite import rewrite
 from llmapi.errors import BuildError

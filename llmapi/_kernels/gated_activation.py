@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from llmapi._kernels.op import Op, Sample
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
-"""Non-linearities by the names that TransformerSpec uses."""
+from llmapi.models.activations import ACTIVATIONS
 
 
 def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
@@ -24,7 +15,7 @@ def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
 
     Args:
         gate_up: ``[T, 2 I]``.
-        kind: a name of :data:`ACTIVATIONS`.
+        kind: a name of :data:`~llmapi.models.activations.ACTIVATIONS`.
     """
     gate, up = gate_up.float().chunk(2, -1)
     return (ACTIVATIONS[kind](gate) * up).to(gate_up.dtype)

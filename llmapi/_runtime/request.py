@@ -35,8 +35,11 @@ class Sequence:
         token_ids: prompt ids followed by generated ids.
         num_prompt: how many of them are prompt.
         num_computed: how many leading tokens have their KV in the cache.
+        num_cached: how many leading tokens were found in the prefix cache when it was first admitted.
         block_table: ids of the KV blocks that hold them, in order.
         block_hashes: hash of each full, computed block so far (prefix reuse).
+        arrival: when the scheduler first saw it, as a running number; a fork has that of its parent.
+        preemptions: how often it lost its blocks and was recomputed.
     """
 
     request: Request
@@ -47,6 +50,8 @@ class Sequence:
     num_cached: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+    arrival: int = 0
+    preemptions: int = 0
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

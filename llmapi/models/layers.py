@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-import llmapi._kernels.gated_activation as gated
+from llmapi.models.activations import ACTIVATIONS
 from llmapi.models.spec import TransformerSpec
 
 ops = torch.ops.llmapi
@@ -116,7 +116,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
         self.down = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
-        self.activation = gated.ACTIVATIONS[spec.activation]
+        self.activation = ACTIVATIONS[spec.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, hidden]`` to the same."""

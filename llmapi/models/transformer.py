@@ -1,11 +1,13 @@
-"""The one decoder. Every family runs through this module; what differs between them is in the spec."""
+"""The one decoder. Every family runs through this module; what differs between them is in the spec.
+
+It calls ``torch.ops.llmapi``, which ``llmapi._kernels`` defines: import that before running it.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-import llmapi._kernels  # noqa: F401  (defines torch.ops.llmapi)
 from llmapi.models.layers import Block, StepInputs, make_norm
 from llmapi.models.rope import inverse_frequencies
 from llmapi.models.spec import TransformerSpec

@@ -1,0 +1,207 @@
+"""Pipeline: from a snapshot to the two artifacts an engine is loaded from, through the cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from llmapi import _progress
+from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, weights_key
+from llmapi._build.checkpoint import open_checkpoint
+from llmapi._build.graph import Graph
+from llmapi._build.key import Key
+from llmapi._build.names import CONSTANTS_FILE, GRAPH_FILE, WEIGHTS_FILE
+from llmapi._build.report import BuildReport
+from llmapi._build.saved import SavedEngine
+from llmapi._build.store import Staging, Store
+from llmapi._source import Snapshot
+from llmapi.config import EngineConfig
+from llmapi.errors import CacheError
+from llmapi.models.family import Family
+from llmapi.models.spec import TransformerSpec
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("llmapi")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to build.
+
+    Attributes:
+        snapshot: the model's files; None for a saved engine, whose weights exist already.
+        family, spec: its architecture.
+        config: types and limits.
+        dummy_seed: seed of random weights instead of real ones; None for real ones.
+    """
+
+    snapshot: Snapshot | None
+    family: Family | None
+    spec: TransformerSpec
+    config: EngineConfig
+    dummy_seed: int | None = None
+
+
+class Builder:
+    """Builds artifacts through a store and keeps account in a report.
+
+    Args:
+        store: the cache.
+        report: filled in as phases run.
+        progress: whether to draw bars.
+    """
+
+    def __init__(self, store: Store, report: BuildReport, *, progress: bool) -> None:
+        self._store = store
+        self._report = report
+        self._progress = progress
+        self._held = ExitStack()
+
+    def weights(self, recipe: Recipe) -> Path:
+        """Folder with the canonical weights of a model, converted if the cache has none.
+
+        Args:
+            recipe: with a snapshot.
+
+        Raises:
+            CheckpointError: the files are not those of this architecture.
+        """
+        assert recipe.snapshot is not None and recipe.family is not None
+        snapshot, family, spec = recipe.snapshot, recipe.family, recipe.spec
+        from llmapi._build.tensor_file import TensorSpec
+
+        if recipe.dummy_seed is None:
+            with self._report.phase("digest") as phase, self._bar("fetch", sum(f.size for f in snapshot.weight_files)) as done:
+                before = snapshot.memory.hashed_bytes
+                origin: dict[str, object] = {"files": sorted(snapshot.digests(snapshot.weight_files).values())}
+                done(sum(f.size for f in snapshot.weight_files))
+                phase.nbytes = snapshot.memory.hashed_bytes - before
+                phase.note = "hashed" if phase.nbytes else "remembered"
+            self._report.hashed_bytes += phase.nbytes
+        else:
+            origin = {"dummy": recipe.dummy_seed}
+
+        def build(staging: Staging) -> None:
+            from llmapi._build.weights import converted, dummy, tensor_specs, write_weights
+
+            specs: list[TensorSpec] = tensor_specs(spec, recipe.config.dtype)
+            total = sum(s.nbytes for s in specs)
+            staging.need(total)
+            with ExitStack() as stack:
+                done = stack.enter_context(self._bar("convert", total))
+                if recipe.dummy_seed is None:
+                    tensors = converted(stack.enter_context(open_checkpoint(snapshot)), family, spec, specs)
+                else:
+                    tensors = dummy(specs, recipe.dummy_seed)
+                with staging.open(WEIGHTS_FILE) as out:
+                    write_weights(out, specs, tensors, done)
+
+        key = weights_key(spec, recipe.config, origin)
+        return self._obtain("convert", "weights", key, snapshot.model, build)
+
+    def saved_engine(self, recipe: Recipe, saved: SavedEngine) -> Path:
+        """Folder with the compiled step of a saved engine; built anew where other limits or another llmapi ask for it.
+
+        Args:
+            recipe: what is wanted; needs no snapshot.
+            saved: the saved engine.
+        """
+        return self.engine(recipe, saved.model, saved)
+
+    def engine(self, recipe: Recipe, label: str, saved: SavedEngine | None = None) -> Path:
+        """Folder with the compiled step, exported and built if neither ``saved`` nor the cache has it.
+
+        Args:
+            recipe: what to build; needs no snapshot.
+            label: the model's name.
+            saved: a saved engine that may hold it.
+        """
+        spec, exported = recipe.spec, cast("list[Graph]", [])
+
+        def export() -> Graph:
+            from llmapi._build.export import export_graph
+
+            with self._report.phase("export") as phase, self._bar("export", 1) as done:
+                exported.append(export_graph(spec))
+                phase.note = f"{len(exported[0].nodes)} nodes"
+                done(1)
+            return exported[0]
+
+        digest = self._graph_digest(spec, export, saved)
+
+        def build(staging: Staging) -> None:
+            from llmapi._build.tensor_file import TensorSpec, write_tensors
+            from llmapi.models.transformer import constants
+
+            graph = exported[0] if exported else export()
+            if graph.digest != digest:
+                raise CacheError("the export gave another graph than the one remembered: run it again")
+            with self._bar("build", 2) as done:
+                with staging.open(GRAPH_FILE) as out:
+                    out.write(graph.text.encode())
+                done(1)
+                tables: dict[str, torch.Tensor] = constants(spec)
+                specs = [TensorSpec(name, "float32", tuple(t.shape)) for name, t in tables.items()]
+                with staging.open(CONSTANTS_FILE) as out:
+                    write_tensors(out, specs, tables.values())
+                done(1)
+
+        key = engine_key(spec, recipe.config, digest)
+        if saved is not None and key.digest == saved.engine_digest:
+            with self._report.phase("build") as phase:
+                phase.note = "saved engine"
+            self._report.keys["engine"] = key.digest
+            return saved.engine
+        return self._obtain("build", "engine", key, label, build)
+
+    def tokenizer(self, snapshot: Snapshot, convert: Callable[[Path], None]) -> Path:
+        """Folder with the tokenizer of a ``.gguf`` file, converted if the cache has none.
+
+        Args:
+            snapshot: the file.
+            convert: writes the tokenizer's files into a folder.
+        """
+        (digest,) = snapshot.digests().values()
+        key = tokenizer_key(digest)
+        return self._obtain("tokenizer", "tokenizer", key, snapshot.model, lambda staging: convert(staging.path))
+
+    def close(self) -> None:
+        """Let go of the artifacts; the cache may then evict them."""
+        self._held.close()
+
+    def _graph_digest(self, spec: TransformerSpec, export: Callable[[], Graph], saved: SavedEngine | None) -> str:
+        key = graph_recipe_key(spec)
+        if saved is not None and saved.graph_recipe == key.digest:
+            return saved.graph_digest
+        known = self._store.memo_get("graph", key)
+        if known is not None:
+            return str(known["digest"])
+        digest = export().digest
+        self._store.memo_put("graph", key, {"digest": digest})
+        return digest
+
+    def _obtain(self, phase_name: str, kind: str, key: Key, label: str, build: Callable[[Staging], None]) -> Path:
+        built: list[bool] = []
+
+        def note(staging: Staging) -> None:
+            built.append(True)
+            build(staging)
+
+        with self._report.phase(phase_name) as phase:
+            before = len(self._store.snapshot().lines)
+            entry = self._held.enter_context(self._store.build(kind, key, label, note))
+            phase.note, phase.nbytes = ("built", entry.manifest.size) if built else ("cache hit", 0)
+        lines = self._store.snapshot().lines[before:]
+        self._report.cache += lines
+        self._report.keys[kind] = key.digest
+        log.info("%s", lines[0] if lines else f"{kind}: {phase.note}")
+        return entry.path
+
+    def _bar(self, phase: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return _progress.bar(phase, total, "B" if phase in ("fetch", "convert") else "it", enabled=self._progress)

@@ -1,0 +1,169 @@
+"""Prompts and sampling parameters, in the forms that users give them, to requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmapi._runtime.request import Request
+from llmapi.errors import CapacityError, ConfigError, PromptTooLongError, RequestError
+from llmapi.outputs import RequestMetrics
+from llmapi.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from llmapi._tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``."""
+
+_FORMS = "a text, a list of token ids, {'prompt': text} or {'prompt_token_ids': ids}"
+
+
+def is_single(prompts: object) -> bool:
+    """Whether ``prompts`` is one prompt rather than a list of them.
+
+    >>> is_single("Hello"), is_single([1, 2]), is_single(["Hello"])
+    (True, True, False)
+    """
+    if isinstance(prompts, (str, Mapping)):
+        return True
+    return isinstance(prompts, Sequence) and bool(prompts) and all(_is_id(p) for p in prompts)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def pair_params(
+    count: int, params: SamplingParams | Sequence[SamplingParams] | None, default: SamplingParams
+) -> list[SamplingParams]:
+    """One SamplingParams per prompt.
+
+    Args:
+        count: number of prompts.
+        params: one for all, one for each, or None for the default.
+        default: used for None.
+
+    Raises:
+        ConfigError: a list of another length, or of something else.
+    """
+    if params is None:
+        return [default] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if isinstance(params, Sequence) and all(isinstance(p, SamplingParams) for p in params):
+        if len(params) != count:
+            raise ConfigError(f"{len(params)} sampling_params for {count} prompts: give one for all, or one for each")
+        return list(params)
+    raise ConfigError(f"sampling_params={params!r}: give a SamplingParams or a list of them")
+
+
+@dataclass
+class RequestMaker:
+    """Makes requests that the engine can certainly serve, or says why not.
+
+    Attributes:
+        tokenizer: None where the LLM has none.
+        vocab_size: ids are below this.
+        max_seq_len: tokens of prompt and output.
+        capacity_tokens: tokens that the whole KV cache holds.
+        end_token_ids: ids that end a sequence for this model.
+        seed: of the LLM; requests without one draw theirs from it, in order. None draws from the system.
+    """
+
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    max_seq_len: int
+    capacity_tokens: int
+    end_token_ids: frozenset[int]
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        self._numbers = itertools.count()
+        if self.seed is None:
+            self.seed = secrets.randbits(64)
+
+    def make(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """A request.
+
+        Args:
+            prompt: in any of its forms.
+            params: how to decode.
+
+        Raises:
+            RequestError: the prompt is empty, too long, holds an unknown id or has no known form, or the request can
+                never fit the KV cache.
+        """
+        number = next(self._numbers)
+        if self.tokenizer is None:
+            params = self._without_text(params)
+        text, ids = self._ids(prompt)
+        self._check_ids("prompt token", ids)
+        self._check_ids("logit_bias key", list(params.logit_bias or {}))
+        self._check_ids("stop_token_ids entry", list(params.stop_token_ids or ()))
+        room = self.max_seq_len - len(ids)
+        if room < 1:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens, and max_seq_len={self.max_seq_len} leaves room for a prompt of "
+                f"{self.max_seq_len - 1}: shorten it, or make the LLM with a larger max_seq_len"
+            )
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        if len(ids) + max_tokens > self.capacity_tokens:
+            raise CapacityError(
+                f"{len(ids)} prompt tokens and {max_tokens} new ones can never fit the KV cache of "
+                f"{self.capacity_tokens} tokens: lower max_tokens, or give kv_cache_config more memory"
+            )
+        ends = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.end_token_ids)
+        return Request(
+            id=str(number),
+            prompt=text,
+            prompt_token_ids=ids,
+            params=params,
+            seed=self._seed(number) if params.seed is None else params.seed,
+            max_tokens=max_tokens,
+            stop_token_ids=ends,
+            metrics=RequestMetrics(arrival_time=time.time()),
+        )
+
+    def _seed(self, number: int) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.seed}:{number}".encode()).digest()[:8], "little")
+
+    def _without_text(self, params: SamplingParams) -> SamplingParams:
+        for name in ("stop", "bad_words"):
+            if getattr(params, name):
+                raise RequestError(f"{name} needs a tokenizer, and this LLM was made with skip_tokenizer_init=True")
+        return dataclasses.replace(params, detokenize=False) if params.detokenize else params
+
+    def _ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            known = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
+            if not known or set(prompt) - {"prompt_token_ids", "prompt"}:
+                raise RequestError(f"a prompt dict with the keys {sorted(map(str, prompt))} is not known: give {_FORMS}")
+            _, ids = self._ids(prompt[known[0]])
+            text = prompt.get("prompt")
+            return (text if isinstance(text, str) else None), ids
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("a text prompt needs a tokenizer: give token ids, or drop skip_tokenizer_init=True")
+            ids = self.tokenizer.encode(prompt)
+            if not prompt or not ids:
+                raise RequestError("the prompt is empty: give at least one token")
+            return prompt, ids
+        if isinstance(prompt, Sequence) and all(_is_id(p) for p in prompt):
+            if not prompt:
+                raise RequestError("the prompt is empty: give at least one token")
+            return None, list(prompt)
+        if hasattr(prompt, "tolist"):
+            return self._ids(prompt.tolist())
+        raise RequestError(f"a prompt of type {type(prompt).__name__} is not known: give {_FORMS}")
+
+    def _check_ids(self, what: str, ids: list[int]) -> None:
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise RequestError(f"{what} {wrong} is not in the model's vocabulary: ids go from 0 to {self.vocab_size - 1}")

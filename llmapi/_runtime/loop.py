@@ -1,0 +1,240 @@
+"""The engine loop: admit, schedule, run, sample, commit. One thread owns the engine; everyone else sends it jobs.
+
+Decisions are committed here and nowhere else: tokens are appended, sequences forked and ended, blocks given back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+
+import torch
+
+from llmapi._runtime.batch import StepBatch, build_batch, wanted_positions
+from llmapi._runtime.engine import Engine
+from llmapi._runtime.job import Job
+from llmapi._runtime.logprobs import prompt_logprobs
+from llmapi._runtime.plan import Entry, StepPlan
+from llmapi._runtime.request import Request, Sequence
+from llmapi._runtime.sampler import Sampled, Sampler, SampleRow
+from llmapi._runtime.scheduler import Scheduler
+from llmapi.errors import EngineClosedError, LLMAPIError
+from llmapi.outputs import FinishReason
+
+log = logging.getLogger("llmapi")
+
+
+class EngineLoop:
+    """Runs requests on an engine until closed.
+
+    Args:
+        engine: owned by the loop from now on.
+        scheduler: over the engine's blocks.
+        sampler: for the engine's vocabulary.
+    """
+
+    def __init__(self, engine: Engine, scheduler: Scheduler, sampler: Sampler) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._sampler = sampler
+        self._jobs: dict[Request, Job] = {}
+        self._arriving: deque[Job] = deque()
+        self._aborting: deque[str] = deque()
+        self._closing = False
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self.steps = 0
+
+    # ---- called from any thread
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; its listener hears of it.
+
+        Raises:
+            EngineClosedError: the loop was closed.
+        """
+        with self._wake:
+            if self._closing:
+                raise EngineClosedError("this LLM was closed: make a new one")
+            self._arriving.append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._main, name="llmapi-loop", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def abort(self, request_id: str) -> None:
+        """End a request after the current step; one that is not known, or has ended, is left alone."""
+        with self._wake:
+            self._aborting.append(request_id)
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Abort what runs, end the thread and close the engine. Closing twice is closing once."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+            thread = self._thread
+        if thread is None:
+            self._engine.close()
+        elif thread is not threading.current_thread():
+            thread.join()
+
+    # ---- on the loop's thread
+
+    def _main(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._arriving or self._aborting or self._closing or self._scheduler.has_work):
+                    self._wake.wait()
+                if self._closing:
+                    break
+            try:
+                self._step()
+            except Exception as error:
+                log.exception("a step failed; the requests in flight fail with it")
+                self._fail_all(error)
+        for job in [*self._jobs.values(), *self._arriving]:
+            self._end_job(job, "abort")
+        self._engine.close()
+
+    def _step(self) -> None:
+        self._admit()
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return
+        batch = build_batch(plan, self._engine.config.block_size, self._prompt_rows_done)
+        logits = self._engine.step(batch)
+        self._commit(plan, batch, logits)
+        self.steps += 1
+
+    def _admit(self) -> None:
+        """Take in what arrived since the last step, and let go of what was aborted."""
+        with self._wake:
+            arriving, self._arriving = self._arriving, deque()
+            aborting, self._aborting = set(self._aborting), deque()
+        for job in arriving:
+            self._jobs[job.request] = job
+            self._scheduler.add(job.request.sequences[0])
+        for job in [job for job in self._jobs.values() if job.request.id in aborting]:
+            self._end_job(job, "abort")
+
+    def _prompt_rows_done(self, entry: Entry) -> int | None:
+        job = self._jobs[entry.seq.request]
+        return job.prompt_rows if job.wants_prompt else None
+
+    def _commit(self, plan: StepPlan, batch: StepBatch, logits: torch.Tensor) -> None:
+        """Turn logits into tokens, and tokens into what happens next."""
+        rows: list[SampleRow] = []
+        picked: list[int] = []
+        first = 0
+        for entry, count in zip(plan.entries, batch.logits_rows, strict=True):
+            job = self._jobs[entry.seq.request]
+            if job.request.metrics.queue_time is None:
+                job.request.metrics.queue_time = job.elapsed()
+            if job.wants_prompt:
+                self._keep_prompt_rows(job, entry, logits[first : first + count])
+            if entry.produces_logits:
+                rows.append(SampleRow(entry.seq, _draws(entry.seq)))
+                picked.append(first + count - 1)
+            first += count
+        self._scheduler.commit(plan)
+        if rows:
+            wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked)]
+            for row, sampled in zip(rows, self._sampler(wanted, rows), strict=True):
+                self._commit_row(row.sequence, sampled)
+
+    def _keep_prompt_rows(self, job: Job, entry: Entry, logits: torch.Tensor) -> None:
+        """Keep what the user wants to know of the prompt: row ``t`` tells of token ``t + 1``."""
+        params, ids = job.request.params, job.request.prompt_token_ids
+        positions = wanted_positions(entry, job.prompt_rows)
+        count = sum(p < len(ids) for p in positions)
+        if params.returns_context_logits:
+            job.prompt_logits.append(logits[:count].clone())
+        if params.prompt_logprobs is not None:
+            if job.prompt_rows == 0:
+                job.prompt_logprobs.append(None)
+            told = [p for p in positions if p + 1 < len(ids)]
+            decode = job.tokenizer.token_text if job.tokenizer is not None and params.detokenize else None
+            following = [ids[p + 1] for p in told]
+            job.prompt_logprobs += prompt_logprobs(logits[: len(told)], following, params.prompt_logprobs, decode)
+        job.prompt_rows += count
+
+    def _commit_row(self, seq: Sequence, sampled: Sampled) -> None:
+        job = self._jobs[seq.request]
+        if sampled.error is not None:
+            job.error = sampled.error
+            self._end_job(job, "error")
+            return
+        now = job.elapsed()
+        metrics = job.request.metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+        metrics.token_times.append(now)
+        siblings = [seq] + [self._sibling(job, seq, index) for index in range(1, len(sampled.token_ids))]
+        for sibling, token in zip(siblings, sampled.token_ids, strict=True):
+            sibling.token_ids.append(token)
+        for sibling in siblings[1:]:
+            self._scheduler.fork(seq, sibling)
+        for index, sibling in enumerate(siblings):
+            self._advance(job, sibling, sampled, index)
+        if job.request.finished:
+            self._end_job(job, None)
+        elif job.streaming:
+            job.listener(job.output())
+
+    def _sibling(self, job: Job, seq: Sequence, index: int) -> Sequence:
+        """A new sequence that goes on from where ``seq`` stands, its next token not yet appended."""
+        sibling = Sequence(seq.request, index, list(seq.token_ids), seq.num_prompt)
+        seq.request.sequences.append(sibling)
+        job.records[sibling] = job.records[seq].fork()
+        return sibling
+
+    def _advance(self, job: Job, seq: Sequence, sampled: Sampled, index: int) -> None:
+        """Record the token just appended to ``seq``, and end the sequence where it is the last."""
+        request, record, token = job.request, job.records[seq], seq.token_ids[-1]
+        if sampled.logprobs is not None:
+            record.logprobs.append(sampled.logprobs[index])
+        if sampled.logits is not None:
+            record.logits.append(sampled.logits)
+        enough = seq.num_output >= request.params.min_tokens
+        if token in request.stop_token_ids and enough:
+            explicit = token in (request.params.stop_token_ids or ())
+            record.transcript.end_with(token)
+            self._end_sequence(seq, "stop", token if explicit else None)
+            return
+        stop = record.transcript.append(token)
+        if stop is not None:
+            self._end_sequence(seq, "stop", stop)
+        elif seq.num_output >= request.max_tokens:
+            stop = record.transcript.finish()
+            self._end_sequence(seq, "length" if stop is None else "stop", stop)
+
+    def _end_sequence(self, seq: Sequence, reason: FinishReason, stop: int | str | None = None) -> None:
+        seq.finish_reason, seq.stop_reason = reason, stop
+        self._scheduler.finish(seq)
+
+    def _end_job(self, job: Job, reason: FinishReason | None) -> None:
+        """End the sequences that still run for ``reason``, and tell the listener."""
+        for seq in job.request.sequences:
+            if not seq.finished:
+                assert reason is not None
+                job.records[seq].transcript.finish()
+                self._end_sequence(seq, reason)
+        self._jobs.pop(job.request, None)
+        job.request.metrics.finished_time = job.elapsed()
+        job.listener(job.output())
+
+    def _fail_all(self, error: Exception) -> None:
+        if not isinstance(error, LLMAPIError):
+            cause, error = error, LLMAPIError(f"the engine failed: {error}")
+            error.__cause__ = cause
+        for job in list(self._jobs.values()):
+            job.error = error
+            self._end_job(job, "error")
+
+
+def _draws(seq: Sequence) -> int:
+    """Tokens to draw from a sequence's logits: ``n`` when its request is about to fork, else 1."""
+    request = seq.request
+    return request.params.n if len(request.sequences) == 1 and seq.num_output == 0 else 1

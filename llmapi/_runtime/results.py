@@ -1,0 +1,143 @@
+"""How callers wait: for a batch, for a stream, for a future; from plain code and from asyncio alike."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+
+from llmapi.errors import LLMAPIError
+from llmapi.outputs import RequestOutput
+
+Abort = Callable[[], None]
+
+
+class OutputStream:
+    """The states of one request as they come: an iterator that ends after the final one.
+
+    Ctrl-C, an exception in the loop body, ``close()`` and garbage collection abort the request.
+    """
+
+    def __init__(self) -> None:
+        self._states: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+
+    def listen(self, output: RequestOutput) -> None:
+        """Take in a state; called on the loop's thread."""
+        self._states.put(output)
+
+    def iterate(self, abort: Abort) -> Iterator[RequestOutput]:
+        """The states; ``abort`` is called when the caller stops early."""
+        finished = False
+        try:
+            while not finished:
+                output = self._states.get()
+                finished = output.finished
+                raise_error(output)
+                yield output
+        finally:
+            if not finished:
+                abort()
+
+
+class RequestFuture:
+    """A request in flight: ``await`` it, ``async for`` over it, or call :meth:`result` from plain code.
+
+    Works in any running event loop, a notebook's included, and in several at once.
+
+    Attributes:
+        request_id: id of the request; None where it was refused before it began.
+    """
+
+    def __init__(self, request_id: str | None, abort: Abort) -> None:
+        self.request_id = request_id
+        self._abort = abort
+        self._states: queue.SimpleQueue[RequestOutput | LLMAPIError] = queue.SimpleQueue()
+        self._listeners: list[Callable[[], None]] = []
+        self._final: RequestOutput | LLMAPIError | None = None
+
+    def listen(self, output: RequestOutput) -> None:
+        """Take in a state; called on the loop's thread."""
+        self._put(output)
+
+    def refuse(self, error: LLMAPIError) -> None:
+        """End with an error before the request began."""
+        self._put(error)
+
+    def _put(self, item: RequestOutput | LLMAPIError) -> None:
+        self._states.put(item)
+        for notify in list(self._listeners):
+            notify()
+
+    def _take(self, item: RequestOutput | LLMAPIError) -> RequestOutput:
+        if isinstance(item, LLMAPIError) or item.finished:
+            self._final = item
+        if isinstance(item, LLMAPIError):
+            raise item
+        raise_error(item)
+        return item
+
+    def done(self) -> bool:
+        """Whether the final output was received."""
+        return self._final is not None
+
+    def abort(self) -> None:
+        """End the request; its output then has ``finish_reason="abort"``."""
+        self._abort()
+
+    def result(self, timeout: float | None = None) -> RequestOutput:
+        """Wait for the final output.
+
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            TimeoutError: it is not there in time; the request goes on.
+            LLMAPIError: the request failed.
+        """
+        while self._final is None:
+            try:
+                self._take(self._states.get(timeout=timeout))
+            except queue.Empty:
+                raise TimeoutError(f"no result within {timeout} s; the request goes on, or call abort()") from None
+        return self._take(self._final)
+
+    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        loop = asyncio.get_running_loop()
+        arrived = asyncio.Event()
+
+        def notify() -> None:
+            try:
+                loop.call_soon_threadsafe(arrived.set)
+            except RuntimeError:  # that event loop is closed; nobody waits there any more
+                if notify in self._listeners:
+                    self._listeners.remove(notify)
+
+        self._listeners.append(notify)
+        try:
+            while self._final is None:
+                arrived.clear()
+                try:
+                    item = self._states.get_nowait()
+                except queue.Empty:
+                    await arrived.wait()
+                    continue
+                yield self._take(item)
+        finally:
+            self._listeners.remove(notify)
+            if self._final is None:
+                self._abort()
+
+    def __await__(self) -> Generator[object, None, RequestOutput]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> RequestOutput:
+        async for _ in self:
+            pass
+        assert self._final is not None
+        return self._take(self._final)
+
+
+def raise_error(output: RequestOutput) -> None:
+    """Raise the error of a request that failed."""
+    if output.error is not None:
+        raise output.error

@@ -1,0 +1,312 @@
+"""Scheduler: which tokens of which sequences run in the next step.
+
+Invariants, asserted after every operation of the randomized test:
+    - A step has at most ``max_num_tokens`` tokens and ``max_batch_size`` entries, at most one for each sequence.
+    - A RUNNING sequence owns one reference to each block of its table, and nobody else owns any; its table holds every
+      computed token. A WAITING or FINISHED sequence owns none.
+    - A block with more than one owner is never written, nor is one that can be found by hash.
+    - The oldest running sequence is never preempted, and a step that does not advance it is full of decodes; so every
+      sequence ends.
+
+It never sees a probability or a tensor. The loop calls, over and over::
+
+    plan = scheduler.schedule()  # None: nothing to run
+    ...                          # run plan.copies, then plan.entries
+    scheduler.commit(plan)       # the KV of plan.entries is in the cache
+    ...                          # append a token to each sequence that produced logits; fork, finish, add
+
+A plan must be run and committed before the next one is made; between ``schedule`` and ``commit`` a sequence
+may be finished or added, and none may be forked. When a plan could not be run, finish its sequences.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from dataclasses import dataclass, field
+
+from llmapi._runtime.blocks import BlockPool, block_hash
+from llmapi._runtime.plan import Entry, StepPlan
+from llmapi._runtime.request import Sequence, Status
+from llmapi._runtime.waiting import WaitingQueue, age
+
+__all__ = ["Entry", "Scheduler", "StepPlan"]
+
+
+@dataclass(eq=False, slots=True)
+class _Draft:
+    """A plan in the making.
+
+    A copy owns a reference to its source until the plan is done: when the last sequence that owned the source is
+    preempted in the same step, the block cannot be handed out while it is still to be read.
+    """
+
+    tokens: int  # still to give away
+    slots: int  # entries still to give away
+    entries: dict[Sequence, Entry] = field(default_factory=dict)
+    copies: dict[int, int] = field(default_factory=dict)  # target -> source
+    held: Counter[int] = field(default_factory=Counter)  # source -> references owned by copies
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        return not (self.tokens and self.slots)
+
+
+def _hash_next(hashes: list[bytes], token_ids: list[int], size: int) -> bytes:
+    """Append the hash of the block after those whose ``hashes`` are known, and return it."""
+    start = len(hashes) * size
+    digest = block_hash(hashes[-1] if hashes else None, token_ids[start : start + size])
+    hashes.append(digest)
+    return digest
+
+
+class Scheduler:
+    """Plans steps over one pool. Policy, in order:
+
+    1. Decode first: running sequences with one token to compute, oldest first.
+    2. Then running sequences in prefill, oldest first, each cut to what is left of the token budget.
+    3. Then, unless something was preempted, waiting sequences by (priority, arrival). The first that must wait makes
+       all behind it wait. A sequence is admitted when the blocks for all its tokens, less those of a prefix that is
+       found, are free and ``watermark`` blocks are left over, so that the next decode steps of those who run do not
+       throw out the one just admitted: 1/64 of the pool, at least one; none when nothing runs.
+    4. Where a running sequence finds no block, the youngest running one (possibly itself) gives up its own and waits,
+       in arrival order, to be recomputed. What it had registered stays in the prefix cache as long as there is room.
+
+    Blocks are taken as tokens need them. Forks may let more sequences run than a step has entries; the youngest sit
+    out. A running sequence with nothing to compute (its next token is not appended yet) sits out and keeps its blocks.
+
+    Args:
+        pool: the blocks; the scheduler must be its only user.
+        max_num_tokens: tokens per step.
+        max_batch_size: entries per step; no sequence is admitted while this many run.
+        max_seq_len: tokens per sequence.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_num_tokens: int, max_batch_size: int, max_seq_len: int) -> None:
+        if min(max_num_tokens, max_batch_size, max_seq_len) < 1:
+            raise ValueError(f"limits start at 1: {max_num_tokens=} {max_batch_size=} {max_seq_len=}")
+        self.pool = pool
+        self.max_num_tokens = max_num_tokens
+        self.max_batch_size = max_batch_size
+        self.max_seq_len = max_seq_len
+        self.watermark = max(1, pool.num_blocks // 64)
+        self._running: list[Sequence] = []  # oldest first
+        self._waiting = WaitingQueue()
+        self._arrivals = 0
+        self._hashed: Sequence | None = None  # the waiting sequence whose prefix hashes are kept in _hashes
+        self._hashes: list[bytes] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is running or waiting."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Sequences that own blocks, oldest first."""
+        return self._running.copy()
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Sequences to be admitted, next one first."""
+        return self._waiting.items()
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Most tokens that one sequence, alone, can have."""
+        return min(self.max_seq_len, self.pool.num_blocks * self.pool.block_size)
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence can grow to this many tokens, prompt included. Ask before :meth:`add`."""
+        return num_tokens <= self.capacity_tokens
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence. It must have a token, and fit."""
+        assert seq.status is Status.WAITING and not seq.block_table, "added before"
+        assert seq.token_ids and self.fits(len(seq.token_ids)), f"{len(seq.token_ids)} tokens do not fit"
+        seq.arrival = self._arrivals
+        self._arrivals += 1
+        self._waiting.push(seq)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let ``child`` go on from what ``parent`` has computed, sharing every block, the partial tail included.
+
+        ``child`` must be new and begin with the parent's first ``num_computed`` tokens. Whoever writes to the shared
+        tail gets a copy of it first; the last owner left writes in place. When the parent has lost its blocks, the
+        child waits as it does.
+        """
+        assert child.status is Status.WAITING and not child.block_table and child not in self._waiting, "added before"
+        assert parent.status is not Status.FINISHED, "a finished sequence has nothing to share: fork first"
+        assert len(child.token_ids) >= max(1, parent.num_computed), "a fork begins with what its parent has computed"
+        child.arrival = parent.arrival
+        child.num_cached = parent.num_cached
+        if parent.status is Status.WAITING:
+            self._waiting.push(child)
+            return
+        for block in parent.block_table:
+            self.pool.retain(block)
+        child.block_table = parent.block_table.copy()
+        child.block_hashes = parent.block_hashes.copy()
+        child.num_computed = parent.num_computed
+        self._run(child)
+
+    def finish(self, seq: Sequence) -> None:
+        """Give back the blocks of a running sequence, or take a waiting one out of the queue. Twice is once."""
+        if seq.status is Status.RUNNING:
+            self._running.remove(seq)
+            self._free_blocks(seq)
+        self._waiting.discard(seq)
+        seq.status = Status.FINISHED
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step; None when no sequence has a token to compute."""
+        draft = _Draft(self.max_num_tokens, self.max_batch_size)
+        prefills: list[Sequence] = []
+        for seq in self._running:  # preemption shortens the list from its end only
+            todo = len(seq.token_ids) - seq.num_computed
+            if todo == 1:
+                if draft.full:
+                    break
+                self._place(seq, 1, draft)
+            elif todo:
+                prefills.append(seq)
+        for seq in prefills:
+            if seq.status is Status.RUNNING and not draft.full:
+                self._place(seq, min(len(seq.token_ids) - seq.num_computed, draft.tokens), draft)
+        if not draft.preempted:
+            self._admit(draft)
+        for source in draft.copies.values():
+            self.pool.release(source)
+        if not draft.entries:
+            return None
+        copies = [(source, target) for target, source in draft.copies.items()]
+        return StepPlan(list(draft.entries.values()), copies, draft.preempted)
+
+    def commit(self, plan: StepPlan) -> None:
+        """Record that the plan has run: advance its sequences and register the blocks that became full."""
+        size, caching = self.pool.block_size, self.pool.enable_prefix_caching
+        for entry in plan.entries:
+            seq = entry.seq
+            if seq.status is not Status.RUNNING:
+                continue  # finished since
+            assert seq.num_computed == entry.start, "committed twice, or out of order"
+            seq.num_computed = entry.start + entry.count
+            full = seq.num_computed // size
+            while caching and len(seq.block_hashes) < full:
+                block = seq.block_table[len(seq.block_hashes)]
+                self.pool.register(block, _hash_next(seq.block_hashes, seq.token_ids, size))
+
+    def _place(self, seq: Sequence, count: int, draft: _Draft) -> None:
+        """Plan ``count`` tokens of a running ``seq`` and take the blocks they need; or preempt it to get them."""
+        pool, table, start = self.pool, seq.block_table, seq.num_computed
+        first = start // pool.block_size  # index of the first block to be written
+        fresh = (start + count - 1) // pool.block_size + 1 - len(table)
+        while True:
+            copied = first < len(table) and self._is_shared(table[first], draft)
+            if fresh + copied <= pool.num_free:
+                break
+            victim = self._running[-1]
+            self._preempt(victim, draft)
+            if victim is seq:
+                return
+        if copied:
+            source = table[first]
+            table[first] = target = pool.allocate(table[first - 1] if first else None)
+            draft.copies[target] = source  # the reference that seq had is now the copy's
+            draft.held[source] += 1
+        for _ in range(fresh):
+            table.append(pool.allocate(table[-1] if table else None))
+        draft.entries[seq] = Entry(seq, start, count)
+        draft.tokens -= count
+        draft.slots -= 1
+
+    def _is_shared(self, block: int, draft: _Draft) -> bool:
+        """Whether a sequence other than the one that asks owns ``block``."""
+        count = self.pool.count(block)
+        return count > 1 and count - draft.held[block] > 1
+
+    def _preempt(self, victim: Sequence, draft: _Draft) -> None:
+        """Take the blocks of the youngest running sequence, and whatever this step had planned for it."""
+        if victim is self._running[0]:
+            raise RuntimeError(
+                f"internal error: a sequence of {len(victim.token_ids)} tokens, alone, needs more than all "
+                f"{self.pool.num_blocks} blocks of {self.pool.block_size} tokens"
+            )
+        self._running.pop()
+        entry = draft.entries.pop(victim, None)
+        if entry is not None:
+            draft.tokens += entry.count
+            draft.slots += 1
+        for target in victim.block_table if draft.copies else ():
+            source = draft.copies.pop(target, None)
+            if source is not None:
+                draft.held[source] -= 1
+                self.pool.release(source)
+        self._free_blocks(victim)
+        victim.preemptions += 1
+        draft.preempted.append(victim)
+        self._waiting.push(victim)
+
+    def _admit(self, draft: _Draft) -> None:
+        """Let waiting sequences run, oldest first, while the step and the pool have room for the next one."""
+        pool = self.pool
+        while not draft.full and len(self._running) < self.max_batch_size:
+            seq = self._waiting.first()
+            reserve = self.watermark if self._running else 0
+            if seq is None or pool.num_free <= reserve:  # at least one block is always needed
+                return
+            found = self._find_prefix(seq)
+            fresh = -(-len(seq.token_ids) // pool.block_size) - len(found)
+            revived = sum(not pool.count(block) for block in found)  # free until now
+            if pool.num_free - revived - fresh < reserve:
+                return
+            pool.stats.queries += self._num_findable(seq)
+            pool.stats.hits += len(found)
+            self._waiting.pop()
+            for block in found:
+                pool.retain(block)
+            seq.block_table = found
+            seq.block_hashes = self._hashes[: len(found)]
+            seq.num_computed = len(found) * pool.block_size
+            if not seq.preemptions:
+                seq.num_cached = seq.num_computed
+            self._hashed, self._hashes = None, []
+            self._run(seq)
+            self._place(seq, min(len(seq.token_ids) - seq.num_computed, draft.tokens), draft)
+            assert not draft.preempted, "admitted without room"
+
+    def _find_prefix(self, seq: Sequence) -> list[int]:
+        """Find blocks that hold the beginning of ``seq``, always leaving a token to compute.
+
+        The hashes are kept while the sequence is first in the queue: one that must wait asks again in every step.
+        """
+        if self._hashed is not seq:
+            self._hashed, self._hashes = seq, []
+        found: list[int] = []
+        for i in range(self._num_findable(seq)):
+            if i == len(self._hashes):
+                _hash_next(self._hashes, seq.token_ids, self.pool.block_size)
+            block = self.pool.lookup(self._hashes[i])
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _num_findable(self, seq: Sequence) -> int:
+        """How many blocks of a waiting ``seq`` may come from the prefix cache."""
+        if not self.pool.enable_prefix_caching or seq.request.params.needs_prompt_logits:
+            return 0
+        return (len(seq.token_ids) - 1) // self.pool.block_size
+
+    def _run(self, seq: Sequence) -> None:
+        insort(self._running, seq, key=age)
+        seq.status = Status.RUNNING
+
+    def _free_blocks(self, seq: Sequence) -> None:
+        for block in reversed(seq.block_table):
+            self.pool.release(block)
+        seq.block_table = []
+        seq.block_hashes = []
+        seq.num_computed = 0
+        seq.status = Status.WAITING

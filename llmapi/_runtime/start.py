@@ -1,0 +1,223 @@
+"""Start: the stages between a model's name and a running loop, in order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmapi import _env, _progress
+from llmapi._build.checkpoint import read_config
+from llmapi._build.names import CONSTANTS_FILE, GRAPH_FILE, WEIGHTS_FILE
+from llmapi._build.pipeline import Builder, Recipe
+from llmapi._build.report import BuildReport
+from llmapi._build.saved import SavedEngine, is_saved, load_saved
+from llmapi._build.store import Store
+from llmapi._digests import DigestMemory
+from llmapi._source import Snapshot
+from llmapi._source import resolve as resolve_source
+from llmapi._tokenizer import Tokenizer
+from llmapi.config import EngineConfig, EngineOptions, resolve
+from llmapi.errors import CheckpointError, ConfigError, unknown_name
+from llmapi.models.family import family_of, spec_of
+from llmapi.models.spec import TransformerSpec
+
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and where it comes from; the arguments of :class:`llmapi.LLM` of the same names."""
+
+    model: str
+    tokenizer: Any = None
+    tokenizer_mode: str = "auto"
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+    hf_token: str | bool | None = None
+    load_format: str = "auto"
+    refresh: bool = False
+    cache_dir: Path | None = None
+    seed: int | None = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.load_format not in LOAD_FORMATS:
+            raise ConfigError(unknown_name("load_format", self.load_format, LOAD_FORMATS))
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
+            raise ConfigError(f"seed={self.seed!r}: give a whole number from 0, or None")
+
+
+@dataclass
+class Prepared:
+    """Everything an engine is loaded from.
+
+    Attributes:
+        spec, config: the model and the resolved limits.
+        tokenizer: None where it was skipped or, for dummy weights, where there is none.
+        stop_token_ids: ids that end a sequence of this model.
+        weights, engine: artifact folders, held by ``builder`` until it is closed.
+    """
+
+    spec: TransformerSpec
+    config: EngineConfig
+    tokenizer: Tokenizer | None
+    stop_token_ids: tuple[int, ...]
+    weights: Path
+    engine: Path
+    builder: Builder
+    report: BuildReport
+
+
+def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
+    """Find the model, and bring its artifacts into the cache.
+
+    Args:
+        options: which model.
+        engine: how it is to run.
+    """
+    report = BuildReport(str(options.model))
+    root = options.cache_dir or _env.cache_dir()
+    store = Store(root)
+    builder = Builder(store, report, progress=options.progress)
+    try:
+        folder = Path(options.model).expanduser()
+        if is_saved(folder):
+            return _from_saved(load_saved(folder), options, engine, builder, report)
+        return _from_source(options, engine, builder, report, DigestMemory(root / "digests"))
+    except BaseException:
+        builder.close()
+        raise
+
+
+def _from_source(
+    options: ModelOptions, engine: EngineOptions, builder: Builder, report: BuildReport, digests: DigestMemory
+) -> Prepared:
+    with report.phase("fetch"):
+        snapshot = resolve_source(
+            options.model,
+            revision=options.revision,
+            token=options.hf_token,
+            load_format=options.load_format,
+            trust_remote_code=options.trust_remote_code,
+            refresh=options.refresh,
+            digests=digests,
+            progress=options.progress,
+        )
+        config_json = read_config(snapshot)
+    spec = spec_of(config_json)
+    config = resolve(engine, spec)
+    dummy_seed = (options.seed or 0) if options.load_format == "dummy" else None
+    recipe = Recipe(snapshot, family_of(config_json), spec, config, dummy_seed)
+    tokenizer = _tokenizer(options, snapshot, builder, report, digests)
+    weights = builder.weights(recipe)
+    compiled = builder.engine(recipe, snapshot.model)
+    stops = _stop_token_ids(snapshot, config_json, tokenizer)
+    return Prepared(spec, config, tokenizer, stops, weights, compiled, builder, report)
+
+
+def _from_saved(
+    saved: SavedEngine, options: ModelOptions, engine: EngineOptions, builder: Builder, report: BuildReport
+) -> Prepared:
+    config = resolve(saved.defaults(engine), saved.spec)
+    if config.dtype != saved.limits["dtype"]:
+        raise ConfigError(
+            f"dtype={config.dtype!r}, but the engine in {saved.path} was saved as {saved.limits['dtype']!r}: leave "
+            f"dtype out, or make the engine from {saved.model} again"
+        )
+    tokenizer = None
+    if not options.skip_tokenizer_init and (saved.has_tokenizer or options.tokenizer is not None):
+        with report.phase("tokenizer"):
+            tokenizer = _given_tokenizer(options, None) or Tokenizer.load(saved.path, trust_remote_code=options.trust_remote_code)
+    compiled = builder.saved_engine(Recipe(None, None, saved.spec, config), saved)
+    return Prepared(saved.spec, config, tokenizer, saved.stop_token_ids, saved.weights, compiled, builder, report)
+
+
+def _tokenizer(
+    options: ModelOptions, snapshot: Snapshot, builder: Builder, report: BuildReport, digests: DigestMemory
+) -> Tokenizer | None:
+    if options.skip_tokenizer_init:
+        return None
+    mode, trust = options.tokenizer_mode, options.trust_remote_code
+    given = _given_tokenizer(options, digests)
+    if given is not None:
+        return given
+    if snapshot.kind == "gguf" and options.load_format != "dummy":
+        name = snapshot.path.name
+
+        def convert(folder: Path) -> None:
+            Tokenizer.load(snapshot.path.parent, gguf_file=name).save(folder)
+
+        folder = builder.tokenizer(snapshot, convert)
+    else:
+        folder = snapshot.path
+    if not snapshot.tokenizer_files and options.load_format == "dummy":
+        return None
+    with report.phase("tokenizer"):
+        return Tokenizer.load(folder, mode=mode, trust_remote_code=trust)  # type: ignore[arg-type]
+
+
+def _given_tokenizer(options: ModelOptions, digests: DigestMemory | None) -> Tokenizer | None:
+    """The tokenizer that the user named or handed over."""
+    given = options.tokenizer
+    if given is None:
+        return None
+    if isinstance(given, Tokenizer):
+        return given
+    if not isinstance(given, (str, Path)):
+        return Tokenizer(given)
+    snapshot = resolve_source(
+        given,
+        token=options.hf_token,
+        load_format="dummy",
+        trust_remote_code=options.trust_remote_code,
+        digests=digests or DigestMemory(_env.cache_dir() / "digests"),
+        progress=options.progress,
+    )
+    return Tokenizer.load(snapshot.path, mode=options.tokenizer_mode, trust_remote_code=options.trust_remote_code)  # type: ignore[arg-type]
+
+
+def _stop_token_ids(snapshot: Snapshot, config: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """End tokens: generation_config.json's, else config.json's; and the tokenizer's."""
+    found: Any = None
+    if snapshot.generation_config_file is not None:
+        try:
+            found = json.loads(snapshot.generation_config_file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{snapshot.generation_config_file} is not a JSON object ({error}): mend or remove it"
+            ) from error
+    if found is None:
+        found = config.get("eos_token_id")
+    ids = set(found if isinstance(found, list) else [] if found is None else [found])
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids))
+
+
+def load_engine(prepared: Prepared, *, progress: bool) -> Any:
+    """Load what was prepared.
+
+    Args:
+        prepared: the artifacts.
+        progress: whether to draw a bar.
+
+    Returns:
+        the :class:`~llmapi._runtime.engine.Engine`.
+    """
+    from llmapi._build.graph import Graph
+    from llmapi._build.tensor_file import TensorFile
+    from llmapi._runtime.engine_cpu import CpuEngine
+
+    with prepared.report.phase("load") as phase, _progress.bar("load", 1, enabled=progress) as done:
+        weights = TensorFile(prepared.weights / WEIGHTS_FILE)
+        tables = TensorFile(prepared.engine / CONSTANTS_FILE)
+        graph = Graph.parse((prepared.engine / GRAPH_FILE).read_text(encoding="utf-8"))
+        constants = {name: tables.read([name]) for name in tables.names()}
+        engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config)
+        phase.nbytes = weights.path.stat().st_size
+        phase.note = f"{engine.num_blocks} KV blocks of {prepared.config.block_size} tokens"
+        done(1)
+    return engine

@@ -1,0 +1,455 @@
+"""LLM: the one class that users need. It wires the stages together and holds no algorithm."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from llmapi import _env
+from llmapi.config import EngineOptions, KvCacheConfig
+from llmapi.errors import ConfigError, LLMAPIError, RequestError, unknown_name
+from llmapi.outputs import CompletionOutput, RequestOutput
+from llmapi.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    import os
+
+    from llmapi._build.report import BuildReport
+    from llmapi._runtime.inputs import Prompt
+    from llmapi._runtime.request import Request
+    from llmapi._runtime.results import RequestFuture
+    from llmapi._tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+log = logging.getLogger("llmapi")
+
+
+class LLM:
+    """A language model, ready to generate.
+
+    The weights are found or downloaded, converted and built once; the results are kept in a cache, so that the next
+    start takes seconds. Requests of any number and shape run together in one batch (in-flight batching).
+
+    Args:
+        model: Hugging Face id, local folder, ``.gguf`` file, or a folder made by :meth:`save`.
+        tokenizer: another model's id or folder, or a tokenizer of transformers; None takes the model's own.
+        tokenizer_mode: ``"auto"`` or ``"slow"`` (the Python implementation, where there is one).
+        skip_tokenizer_init: go without a tokenizer; prompts are then token ids and outputs have no text.
+        trust_remote_code: let the tokenizer run Python code that comes with the model.
+        revision: branch, tag or commit on the hub.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; ``"auto"`` is float32 on the cpu backend.
+        backend: ``"cpu"``, ``"cuda"``, ``"tensorrt"``; ``"auto"`` is the best that this machine and release have.
+        load_format: ``"auto"`` for the real weights, ``"dummy"`` for seeded random ones (config.json is enough then).
+        seed: of requests that give none of their own, and of dummy weights; None draws one from the system.
+        max_seq_len: longest sequence in tokens, prompt and output together; None is the model's own limit.
+        max_batch_size: most sequences in one step; None is 64.
+        max_num_tokens: most tokens in one step; longer prompts are computed in chunks. None is 512, at least
+            ``max_batch_size``.
+        gpu_memory_utilization: share of the GPU's memory to use, in (0, 1]; no meaning on the cpu backend.
+        kv_cache_config: a :class:`KvCacheConfig`, or a dict of its arguments.
+        enable_prefix_caching: let prompts that begin alike share their KV blocks.
+        tensor_parallel_size: devices to spread the model over; 1 on the cpu backend.
+        cache_dir: root of the build cache; None is ``LLMAPI_CACHE_DIR``, else the user's cache folder.
+        hf_token: token for the hub; None leaves it to ``HF_TOKEN`` and the stored login.
+        refresh: ask the hub for a newer revision even when a complete one is on disk.
+        progress: draw progress bars.
+
+    Raises:
+        ConfigError: an argument has a value it cannot have.
+        SourceError: the model cannot be found or fetched.
+        UnsupportedModelError: its architecture is not known.
+        CheckpointError: its files are broken.
+
+    Example:
+        >>> with LLM("HuggingFaceTB/SmolLM2-135M-Instruct") as llm:  # doctest: +SKIP
+        ...     print(llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=4)).text)
+         Paris. The capital
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        tokenizer_mode: str = "auto",
+        skip_tokenizer_init: bool = False,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        dtype: str = "auto",
+        backend: str = "auto",
+        load_format: str = "auto",
+        seed: int | None = 0,
+        max_seq_len: int | None = None,
+        max_batch_size: int | None = None,
+        max_num_tokens: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_config: KvCacheConfig | dict[str, Any] | None = None,
+        enable_prefix_caching: bool = True,
+        tensor_parallel_size: int = 1,
+        cache_dir: str | os.PathLike[str] | None = None,
+        hf_token: str | bool | None = None,
+        refresh: bool = False,
+        progress: bool = True,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            valid = [n for n in LLM.__init__.__annotations__ if n not in ("unknown", "return")]
+            raise ConfigError(unknown_name("LLM argument", next(iter(unknown)), valid))
+        engine_options = EngineOptions(
+            backend=backend,
+            dtype=dtype,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            max_num_tokens=max_num_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            gpu_memory_utilization=gpu_memory_utilization,
+            tensor_parallel_size=tensor_parallel_size,
+            kv_cache=KvCacheConfig.of(kv_cache_config),
+        )
+        from llmapi._runtime.start import ModelOptions, load_engine, prepare
+
+        options = ModelOptions(
+            model=model if isinstance(model, str) else str(model),
+            tokenizer=tokenizer,
+            tokenizer_mode=tokenizer_mode,
+            skip_tokenizer_init=skip_tokenizer_init,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            hf_token=hf_token,
+            load_format=load_format,
+            refresh=refresh,
+            cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
+            seed=seed,
+            progress=progress,
+        )
+        self.model = options.model
+        prepared = prepare(options, engine_options)
+        try:
+            engine = load_engine(prepared, progress=progress)
+        except BaseException:
+            prepared.builder.close()
+            raise
+        self._prepared = prepared
+        self._start_loop(engine, seed)
+
+    def _start_loop(self, engine: Any, seed: int | None) -> None:
+        from llmapi._runtime.blocks import BlockPool
+        from llmapi._runtime.inputs import RequestMaker
+        from llmapi._runtime.loop import EngineLoop
+        from llmapi._runtime.sampler import Sampler
+        from llmapi._runtime.scheduler import Scheduler
+
+        prepared, config = self._prepared, self._prepared.config
+        pool = BlockPool(
+            engine.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        scheduler = Scheduler(
+            pool,
+            max_num_tokens=config.max_num_tokens,
+            max_batch_size=config.max_batch_size,
+            max_seq_len=config.max_seq_len,
+        )
+        sampler = Sampler(prepared.spec.vocab_size, prepared.tokenizer)
+        self._loop = EngineLoop(engine, scheduler, sampler)
+        self._maker = RequestMaker(
+            tokenizer=prepared.tokenizer,
+            vocab_size=prepared.spec.vocab_size,
+            max_seq_len=config.max_seq_len,
+            capacity_tokens=engine.num_blocks * config.block_size,
+            end_token_ids=frozenset(prepared.stop_token_ids),
+            seed=seed,
+        )
+        # The loop knows nothing of this object: dropping the last reference to it, or leaving Python, closes the loop.
+        self._closer = weakref.finalize(self, _close, self._loop, prepared.builder)
+
+    # ---- generating
+
+    @overload
+    def generate(
+        self, prompts: str | Mapping[str, Any] | Sequence[int], sampling_params: SamplingParams | None = None,
+        *, use_tqdm: bool = True,
+    ) -> RequestOutput: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *, use_tqdm: bool = True,
+    ) -> list[RequestOutput]: ...  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Generate from one prompt or many, all in flight together.
+
+        Args:
+            prompts: a text, a list of token ids, ``{"prompt": text}``, ``{"prompt_token_ids": ids}``, or a list of
+                these in any mix.
+            sampling_params: for all prompts, or one for each; None for the defaults.
+            use_tqdm: draw a progress bar when there are several prompts.
+
+        Returns:
+            the output of one prompt, or a list in the order of the prompts. A request of a list that fails leaves the
+            others alone: its output has ``error`` set.
+
+        Raises:
+            RequestError: the one prompt, or every prompt of the list, cannot be served.
+            ConfigError: the arguments do not fit together.
+            EngineClosedError: after :meth:`close`.
+        """
+        from llmapi._runtime.inputs import is_single, pair_params
+
+        single = is_single(prompts)
+        items = [prompts] if single else list(prompts)
+        params = pair_params(len(items), sampling_params, SamplingParams())
+        outputs = self._run([self._maker_for(p, s) for p, s in zip(items, params, strict=True)], items, use_tqdm)
+        return outputs[0] if single else outputs
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template: Any,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Answer one conversation or many.
+
+        Args:
+            messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
+            sampling_params: as in :meth:`generate`.
+            use_tqdm: as in :meth:`generate`.
+            template: arguments of the chat template: ``chat_template``, ``add_generation_prompt``,
+                ``continue_final_message``, ``tools``, ``documents``, or any of the model's own.
+
+        Returns:
+            as :meth:`generate`.
+
+        Raises:
+            RequestError: the model has no chat template, or a message is malformed.
+        """
+        from llmapi._runtime.inputs import pair_params
+
+        tokenizer = self._need_tokenizer("chat()")
+        single = not messages or isinstance(messages[0], Mapping)
+        talks: list[Any] = [messages] if single else list(messages)
+        params = pair_params(len(talks), sampling_params, SamplingParams())
+
+        def maker(talk: Any, own: SamplingParams) -> Callable[[], Request]:
+            return lambda: self._maker.make(tokenizer.apply_chat_template(talk, **template), own)
+
+        outputs = self._run([maker(t, p) for t, p in zip(talks, params, strict=True)], talks, use_tqdm)
+        return outputs[0] if single else outputs
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Generate from one prompt, yielding the output as it grows.
+
+        Args:
+            prompt: as one prompt of :meth:`generate`.
+            sampling_params: None for the defaults.
+
+        Yields:
+            the output so far, after each token; the last one is ``finished``. Leaving the loop early aborts the
+            request.
+
+        Example:
+            >>> for output in llm.stream("Once upon a time"):  # doctest: +SKIP
+            ...     print(output.text[-20:])
+        """
+        from llmapi._runtime.results import OutputStream
+
+        stream = OutputStream()
+        request = self._maker.make(prompt, sampling_params or SamplingParams())
+        self._submit(request, stream.listen, streaming=True)
+        return stream.iterate(lambda: self._loop.abort(request.id))
+
+    def generate_async(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> RequestFuture:
+        """Start a request and return at once.
+
+        Args:
+            prompt: as one prompt of :meth:`generate`.
+            sampling_params: None for the defaults.
+
+        Returns:
+            a future to ``await``, to iterate with ``async for``, or to ask for its ``result()``.
+
+        Example:
+            >>> output = await llm.generate_async("Hello")  # doctest: +SKIP
+        """
+        from llmapi._runtime.results import RequestFuture
+
+        try:
+            request = self._maker.make(prompt, sampling_params or SamplingParams())
+        except LLMAPIError as error:
+            future = RequestFuture(None, lambda: None)
+            future.refuse(error)
+            return future
+        loop = self._loop
+        future = RequestFuture(request.id, lambda: loop.abort(request.id))
+        self._submit(request, future.listen, streaming=True)
+        return future
+
+    async def astream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """:meth:`stream` for asyncio; works inside a notebook's running event loop.
+
+        Args:
+            prompt: as one prompt of :meth:`generate`.
+            sampling_params: None for the defaults.
+        """
+        async with contextlib.aclosing(aiter(self.generate_async(prompt, sampling_params))) as states:
+            async for output in states:
+                yield output
+
+    def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests; their outputs have ``finish_reason="abort"``. Unknown and ended ones are left alone.
+
+        Args:
+            request_id: ``RequestOutput.request_id``, or several.
+        """
+        for one in [request_id] if isinstance(request_id, str) else request_id:
+            self._loop.abort(one)
+
+    # ---- the rest
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers that is in use; None where it was skipped."""
+        return None if self._prepared.tokenizer is None else self._prepared.tokenizer.backend
+
+    @property
+    def build_report(self) -> BuildReport:
+        """What the start did, phase by phase; a table in a notebook."""
+        return self._prepared.report
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a self-contained engine; ``LLM(folder)`` starts from it with no hub, no source and no cache.
+
+        Args:
+            folder: a new or empty folder; it appears whole or not at all.
+
+        Raises:
+            ConfigError: the folder exists and is not empty.
+        """
+        from llmapi._build.saved import save_engine
+
+        p = self._prepared
+        save_engine(
+            Path(folder).expanduser(),
+            model=self.model,
+            spec=p.spec,
+            config=p.config,
+            stop_token_ids=p.stop_token_ids,
+            engine_digest=p.report.keys["engine"],
+            weights=p.weights,
+            engine=p.engine,
+            tokenizer=p.tokenizer,
+        )
+
+    def close(self) -> None:
+        """Abort what runs and give back all memory. Closing twice is closing once."""
+        self._closer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        c = self._prepared.config
+        state = "" if self._closer.alive else ", closed"
+        return f"LLM({self.model!r}, backend={c.backend!r}, dtype={c.dtype!r}, max_seq_len={c.max_seq_len}{state})"
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self._prepared.tokenizer is None:
+            raise RequestError(f"{what} needs a tokenizer: make the LLM without skip_tokenizer_init, or name one")
+        return self._prepared.tokenizer
+
+    def _maker_for(self, prompt: Any, params: SamplingParams) -> Callable[[], Request]:
+        return lambda: self._maker.make(prompt, params)
+
+    def _submit(self, request: Request, listener: Callable[[RequestOutput], None], *, streaming: bool) -> None:
+        from llmapi._runtime.job import Job
+
+        self._loop.submit(Job(request, self._prepared.tokenizer, listener, streaming))
+
+    def _run(self, makers: list[Callable[[], Request]], prompts: list[Any], use_tqdm: bool) -> list[RequestOutput]:
+        """Make and submit every request, and wait for all; Ctrl-C aborts them and returns at once."""
+        finished: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+        outputs: dict[str, RequestOutput] = {}
+        ids: list[str] = []
+        try:
+            for index, make in enumerate(makers):
+                try:
+                    request = make()
+                except LLMAPIError as error:
+                    if len(makers) == 1:
+                        raise
+                    ids.append(f"refused-{index}")
+                    outputs[ids[-1]] = _refused(prompts[index], error)
+                    continue
+                ids.append(request.id)
+                self._submit(request, finished.put, streaming=False)
+            with _batch_bar(len(makers), use_tqdm and len(makers) > 1) as done:
+                done(len(outputs), 0)
+                while len(outputs) < len(ids):
+                    output = finished.get()
+                    outputs[output.request_id] = output
+                    done(1, sum(len(o.token_ids) for o in output.outputs))
+        except BaseException:
+            self.abort(i for i in ids if i not in outputs)
+            raise
+        return _settle([outputs[i] for i in ids])
+
+
+def _close(loop: Any, builder: Any) -> None:
+    loop.close()
+    builder.close()
+
+
+def _refused(prompt: object, error: LLMAPIError) -> RequestOutput:
+    text = prompt if isinstance(prompt, str) else None
+    return RequestOutput("", text, [], [CompletionOutput(0, "", [], finish_reason="error")], True, error=error)
+
+
+def _settle(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """Warn of the requests that failed; raise where all did."""
+    failed = [(i, o.error) for i, o in enumerate(outputs) if o.error is not None]
+    if failed:
+        index, error = failed[0]
+        if len(failed) == len(outputs):
+            raise error
+        log.warning("%d of %d requests failed; the first is prompt %d: %s", len(failed), len(outputs), index, error)
+    return outputs
+
+
+@contextlib.contextmanager
+def _batch_bar(total: int, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar over finished requests that also shows output tokens a second."""
+    if not (enabled and _env.progress()):
+        yield lambda requests, tokens: None
+        return
+    import time
+
+    from llmapi._progress import quiet_tqdm
+
+    start, tokens_so_far = time.perf_counter(), 0
+    with quiet_tqdm(total=total, desc="generate", unit="prompt") as drawn:
+
+        def done(requests: int, tokens: int) -> None:
+            nonlocal tokens_so_far
+            tokens_so_far += tokens
+            drawn.set_postfix_str(f"{tokens_so_far / max(time.perf_counter() - start, 1e-9):.0f} tokens/s", refresh=False)
+            drawn.update(requests)
+
+        yield done
