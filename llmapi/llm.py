@@ -145,9 +145,7 @@ class LLM:
         from llmapi._runtime.scheduler import Scheduler
 
         prepared, config = self._prepared, self._prepared.config
-        pool = BlockPool(
-            engine.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
-        )
+        pool = BlockPool(engine.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
         scheduler = Scheduler(
             pool,
             max_num_tokens=config.max_num_tokens,
@@ -177,7 +175,7 @@ class LLM:
 
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        self, prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *, use_tqdm: bool = True,
     ) -> list[RequestOutput]: ...  # fmt: skip
 
@@ -306,7 +304,7 @@ class LLM:
             prompt: as one prompt of :meth:`generate`.
             sampling_params: None for the defaults.
         """
-        async with contextlib.aclosing(aiter(self.generate_async(prompt, sampling_params))) as states:
+        async with contextlib.aclosing(self.generate_async(prompt, sampling_params).__aiter__()) as states:
             async for output in states:
                 yield output
 
@@ -449,7 +447,9 @@ def _batch_bar(total: int, enabled: bool) -> Iterator[Callable[[int, int], None]
         def done(requests: int, tokens: int) -> None:
             nonlocal tokens_so_far
             tokens_so_far += tokens
-            drawn.set_postfix_str(f"{tokens_so_far / max(time.perf_counter() - start, 1e-9):.0f} tokens/s", refresh=False)
+            drawn.set_postfix_str(
+                f"{tokens_so_far / max(time.perf_counter() - start, 1e-9):.0f} tokens/s", refresh=False
+            )
             drawn.update(requests)
 
         yield done

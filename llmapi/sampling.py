@@ -116,9 +116,7 @@ class SamplingParams:
         self._whole("logprobs", 0, _MAX_LOGPROBS, optional=True)
         self._whole("prompt_logprobs", 0, _MAX_LOGPROBS, optional=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ConfigError(
-                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: lower the one or raise the other"
-            )
+            raise ConfigError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: change one")
         if self.n > 1 and self.temperature == 0:
             raise ConfigError(
                 f"n={self.n} with temperature=0 would give {self.n} equal sequences: set temperature above 0, or n=1"
@@ -130,9 +128,7 @@ class SamplingParams:
         self._set("logits_processors", self._processors(self.logits_processors))
         self._set("return_logits", self._logits(self.return_logits))
         if self.stop and not self.detokenize:
-            raise ConfigError(
-                "stop texts need the text: use detokenize=True, or stop_token_ids instead of stop"
-            )
+            raise ConfigError("stop texts need the text: use detokenize=True, or stop_token_ids instead of stop")
 
     @property
     def greedy(self) -> bool:

@@ -59,7 +59,8 @@ def trace(spec: TransformerSpec) -> fx.GraphModule:
             "llmapi or of this torch version; please report it with the model's config.json"
         ) from error
     _label_inputs(program, spec)
-    return program.graph_module
+    module: fx.GraphModule = program.graph_module
+    return module
 
 
 def _label_inputs(program: torch.export.ExportedProgram, spec: TransformerSpec) -> None:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import torch
 
@@ -20,6 +20,13 @@ _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALIGNMENT = 4096  # of the first tensor; the format allows spaces after the header
 _CHUNK = 16 << 20  # bytes written at once
+
+
+class SupportsWrite(Protocol):
+    """A file, or whatever else bytes can be written to."""
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Write all of ``data``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,7 @@ class TensorSpec:
         return count * (4 if self.dtype == "float32" else 2)
 
 
-def write_tensors(out: BinaryIO, specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor]) -> None:
+def write_tensors(out: SupportsWrite, specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor]) -> None:
     """Write a safetensors file, holding one tensor at a time.
 
     Args:
@@ -58,7 +65,7 @@ def write_tensors(out: BinaryIO, specs: Sequence[TensorSpec], tensors: Iterable[
     out.write(len(text).to_bytes(8, "little") + text)
     for spec, tensor in zip(specs, tensors, strict=True):
         assert str(tensor.dtype) == f"torch.{spec.dtype}" and tuple(tensor.shape) == spec.shape, spec
-        raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         for start in range(0, len(raw), _CHUNK):
             out.write(raw[start : start + _CHUNK])
 

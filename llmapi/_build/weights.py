@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import torch
 
-from llmapi._build.tensor_file import TensorSpec, write_tensors
+from llmapi._build.tensor_file import SupportsWrite, TensorSpec, write_tensors
 from llmapi.errors import CheckpointError
 from llmapi.models.family import Family, Take
 from llmapi.models.spec import TransformerSpec
@@ -37,7 +37,7 @@ def tensor_specs(spec: TransformerSpec, dtype: str) -> list[TensorSpec]:
 
 
 def write_weights(
-    out: BinaryIO, specs: Sequence[TensorSpec], tensors: Iterator[torch.Tensor], progress: Callable[[int], None]
+    out: SupportsWrite, specs: Sequence[TensorSpec], tensors: Iterator[torch.Tensor], progress: Callable[[int], None]
 ) -> None:
     """Write the weights file.
 

@@ -45,7 +45,7 @@ def _rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     if x.dtype != torch.float32:
         return rms_norm(x, weight, eps)
     norm = torch.linalg.vector_norm(x, 2, -1, True)
-    scale = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+    scale: torch.Tensor = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
     return (x * scale).mul_(weight)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("llmapi", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("llmapi", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _cpu(
     flat = [c.view(-1, kv_heads, head_dim) for c in (k_cache, v_cache)]
     for span in plan.spans:
         count, length = span.stop - span.start, span.length
-        if span.first_slot >= 0:
+        if span.blocks is None:
             rows = slice(span.first_slot, span.first_slot + length)
             k, v = flat[0][rows], flat[1][rows]
         else:
@@ -113,9 +113,7 @@ def _cpu(
             if window and length > window:
                 k, v = k[length - window :], v[length - window :]
             one = grouped[span.start : span.stop]
-            result = F.scaled_dot_product_attention(
-                one, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale
-            )
+            result = F.scaled_dot_product_attention(one, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale)
             out[span.start : span.stop] = result
             continue
         queries = grouped[span.start : span.stop].permute(1, 2, 0, 3)
@@ -158,15 +156,13 @@ def _arguments(
     needed = [-(-length // block_size) for _, length in ragged]
     order = torch.arange(sum(needed)) if contiguous else torch.randperm(sum(needed), generator=generator)
     tables = torch.zeros(len(ragged), max(needed), dtype=torch.int32)
-    for row, ids in enumerate(order.split(needed)):
+    for row, ids in enumerate(torch.split(order, needed)):
         tables[row, : len(ids)] = ids
     counts = torch.tensor([count for count, _ in ragged])
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))).to(torch.int32)
     lengths = torch.tensor([length for _, length in ragged], dtype=torch.int32)
     q = torch.randn(int(starts[-1]), heads, head_dim, generator=generator).to(dtype)
-    k, v = (
-        torch.randn(sum(needed), block_size, kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2)
-    )
+    k, v = (torch.randn(sum(needed), block_size, kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
     return q, k, v, tables, lengths, starts
 
 

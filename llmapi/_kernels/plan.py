@@ -73,7 +73,7 @@ class CpuPlan:
         return cls(torch.tensor(slot_mapping), spans)
 
     def rotary_factors(self, cos_sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[T, 1, R]`` cosines twice, and sines negated, then plain: ``x * cos + swap(x) * sin`` turns x. Kept for the step."""
+        """``[T, 1, R]`` cosines twice, and sines negated, then plain: ``x * cos + swap(x) * sin`` turns x."""
         if self._factors is None:
             cos, sin = cos_sin[:, None, :].chunk(2, -1)
             self._factors = (torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))

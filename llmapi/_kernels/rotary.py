@@ -65,14 +65,14 @@ def rotary_kv_write(
     kv_heads, head_dim = k_cache.shape[2:]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     num_heads = heads.shape[1] - 2 * kv_heads
-    q, k, v = heads.split((num_heads, kv_heads, kv_heads), 1)
+    q, k, v = torch.split(heads, [num_heads, kv_heads, kv_heads], 1)
     if cos_sin is not None:
         q, k = rotate(q, cos_sin, interleaved), rotate(k, cos_sin, interleaved)
     kept = slot_mapping >= 0
     slots = slot_mapping[kept].long()
     k_cache.view(-1, kv_heads, head_dim)[slots] = k[kept].to(k_cache.dtype)
     v_cache.view(-1, kv_heads, head_dim)[slots] = v[kept].to(v_cache.dtype)
-    return q.contiguous()
+    return torch.clone(q, memory_format=torch.contiguous_format)
 
 
 def _write_cpu(

@@ -58,9 +58,8 @@ class CpuEngine(Engine):
         self.num_blocks = num_kv_blocks(config, spec, free, DEFAULT_KV_FRACTION)
         shape = (self.num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim)
         dtype = getattr(torch, config.kv_dtype)
-        self._caches = {
-            f"{kind}_cache.{layer}": torch.empty(shape, dtype=dtype) for layer in range(spec.num_layers) for kind in "kv"
-        }
+        names = [f"{kind}_cache.{layer}" for layer in range(spec.num_layers) for kind in "kv"]
+        self._caches = {name: torch.empty(shape, dtype=dtype) for name in names}
         values: dict[str, torch.Tensor] = {**constants, **self._caches}
         values.update({i.name: weights.read(i.parts) for i in graph.inputs if i.kind == "weight"})
         self._program, self._slots, self._size, self._output = _bind(graph, values)

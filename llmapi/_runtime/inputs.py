@@ -140,11 +140,11 @@ class RequestMaker:
                 raise RequestError(f"{name} needs a tokenizer, and this LLM was made with skip_tokenizer_init=True")
         return dataclasses.replace(params, detokenize=False) if params.detokenize else params
 
-    def _ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _ids(self, prompt: Any) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
             known = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
             if not known or set(prompt) - {"prompt_token_ids", "prompt"}:
-                raise RequestError(f"a prompt dict with the keys {sorted(map(str, prompt))} is not known: give {_FORMS}")
+                raise RequestError(f"unknown prompt: a dict with the keys {sorted(map(str, prompt))}. Give {_FORMS}")
             _, ids = self._ids(prompt[known[0]])
             text = prompt.get("prompt")
             return (text if isinstance(text, str) else None), ids
@@ -166,4 +166,6 @@ class RequestMaker:
     def _check_ids(self, what: str, ids: list[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise RequestError(f"{what} {wrong} is not in the model's vocabulary: ids go from 0 to {self.vocab_size - 1}")
+            raise RequestError(
+                f"{what} {wrong} is not in the model's vocabulary: ids go from 0 to {self.vocab_size - 1}"
+            )

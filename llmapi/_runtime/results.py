@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 
 from llmapi.errors import LLMAPIError
 from llmapi.outputs import RequestOutput
@@ -101,7 +101,7 @@ class RequestFuture:
                 raise TimeoutError(f"no result within {timeout} s; the request goes on, or call abort()") from None
         return self._take(self._final)
 
-    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
+    async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
 

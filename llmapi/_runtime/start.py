@@ -130,7 +130,9 @@ def _from_saved(
     tokenizer = None
     if not options.skip_tokenizer_init and (saved.has_tokenizer or options.tokenizer is not None):
         with report.phase("tokenizer"):
-            tokenizer = _given_tokenizer(options, None) or Tokenizer.load(saved.path, trust_remote_code=options.trust_remote_code)
+            tokenizer = _given_tokenizer(options, None)
+            if tokenizer is None:
+                tokenizer = Tokenizer.load(saved.path, trust_remote_code=options.trust_remote_code)
     compiled = builder.saved_engine(Recipe(None, None, saved.spec, config), saved)
     return Prepared(saved.spec, config, tokenizer, saved.stop_token_ids, saved.weights, compiled, builder, report)
 

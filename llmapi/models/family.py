@@ -82,7 +82,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     names = config.get("architectures") or []
     if not names:
         raise UnsupportedModelError(
-            "config.json names no architecture: it needs a field like \"architectures\": [\"LlamaForCausalLM\"]"
+            'config.json names no architecture: it needs a field like "architectures": ["LlamaForCausalLM"]'
         )
     family = families().get(names[0])
     if family is None:

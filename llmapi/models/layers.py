@@ -70,9 +70,7 @@ class Attention(nn.Module):
         self.softcap = spec.softcap
         self.interleaved = spec.rope is not None and spec.rope.interleaved
 
-    def forward(
-        self, x: torch.Tensor, step: StepInputs, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: StepInputs, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
         """``[T, hidden]`` to the same; writes this step's keys and values into the caches."""
         qkv = torch.cat((self.q(x), self.k(x), self.v(x)), -1)
         q = ops.rotary_kv_write(qkv, step.cos_sin, step.slot_mapping, k_cache, v_cache, self.interleaved)
@@ -139,9 +137,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(spec)
         self.mlp = GatedMLP(spec) if spec.gated else MLP(spec)
 
-    def forward(
-        self, x: torch.Tensor, step: StepInputs, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: StepInputs, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
         """``[T, hidden]`` to the same."""
         x = x + self.attn(self.attn_norm(x), step, k_cache, v_cache)
         out: torch.Tensor = x + self.mlp(self.mlp_norm(x))
