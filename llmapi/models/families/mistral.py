@@ -15,7 +15,7 @@ from llmapi.models.spec import TransformerSpec
 def spec(config: Mapping[str, Any]) -> TransformerSpec:
     """config.json of a Mistral checkpoint: Llama's, with a sliding window over every layer where one is given."""
     base = llama_spec({"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, **config})
-    window = config["sliding_window"] if "sliding_window" in config else 4096
+    window = config.get("sliding_window", 4096)  # a null there means none
     return dataclasses.replace(base, family="mistral", windows=(window or 0,) * base.num_layers)
 
 
