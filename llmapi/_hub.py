@@ -239,9 +239,8 @@ class _Bar:
     """
 
     def __init__(self, progress: bool) -> None:
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(total=0, desc="fetch", unit="B", unit_scale=True, disable=not progress)
+        self._progress = progress
+        self._bar: Any = None  # drawn once there is something to fetch
         self._lock = threading.Lock()
         self._expected = self._settled = self._shown = 0
         self.part: Any = type("Part", (_Part,), {"bar": self})
@@ -250,13 +249,19 @@ class _Bar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def expect(self, size: int) -> None:
         """``size`` more bytes are to come."""
         self._expected += size
-        self._bar.total = self._expected
-        self._bar.refresh()
+        if self._bar is None and size:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=size, desc="fetch", unit="B", unit_scale=True, disable=not self._progress)
+        elif size:
+            self._bar.total = self._expected
+            self._bar.refresh()
 
     def moved(self, n: float) -> None:
         """Some part has counted ``n`` bytes since the last ``settle``."""

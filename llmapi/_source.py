@@ -134,7 +134,7 @@ def resolve(
 
     >>> resolve("./empty", digests=DigestMemory(Path("digests")))  # doctest: +SKIP
     Traceback (most recent call last):
-    llmapi.errors.ModelNotFoundError: ./empty is an empty folder; ...
+    llmapi.errors.ModelNotFoundError: the folder empty holds no files; ...
     """
     if load_format not in _LOAD_FORMATS:
         raise ConfigError(unknown_name("load_format", load_format, _LOAD_FORMATS))
@@ -198,7 +198,9 @@ def needed(names: Collection[str], folder: Path | None, *, dummy: bool, trust_re
 def no_model(where: str, names: Collection[str], *, dummy: bool) -> str | None:
     """Why files of these ``names`` make no model, as a sentence with the remedy; None where they do."""
     if not names:
-        return f"{where} is empty; a model has a config.json, tokenizer files and weights (*.safetensors or *.bin)"
+        return (
+            f"{where} holds no files; a model has a config.json, tokenizer files and weights (*.safetensors or *.bin)"
+        )
     if CONFIG not in names:
         ggufs = sorted(n for n in names if n.endswith(".gguf"))
         if ggufs:
