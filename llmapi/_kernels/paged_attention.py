@@ -126,8 +126,14 @@ def _cpu(
 
 
 def _samples(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
-    ragged = [(1, 1), (5, 5), (1, 37), (16, 48), (3, 20), (1, 16)]
-    for heads, kv_heads, head_dim in ((9, 3, 64), (4, 4, 80), (8, 1, 32)):
+    mixed = [(1, 1), (5, 5), (1, 37), (16, 48), (3, 20), (1, 16)]  # (new tokens, all tokens) of each sequence
+    decode = [(1, 33), (1, 2), (1, 70)]
+    for heads, kv_heads, head_dim, ragged in (
+        (9, 3, 64, mixed),
+        (4, 4, 80, mixed),
+        (8, 1, 32, mixed),
+        (6, 2, 64, decode),
+    ):
         for window, softcap, alibi, sink in (
             (0, 0.0, False, False),
             (7, 0.0, False, False),
