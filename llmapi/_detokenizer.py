@@ -51,10 +51,11 @@ class Detokenizer:
         Returns:
             The text that they complete; ``""`` while a character is incomplete.
         """
-        size = len(self._ids)
-        self._ids.extend(t for t in token_ids if not (self._skip and t in self._tokenizer.special_ids))
-        if len(self._ids) == size:
-            return ""
+        return "".join([self._advance(t) for t in token_ids if not (self._skip and t in self._tokenizer.special_ids)])
+
+    def _advance(self, token_id: int) -> str:
+        """Add one id; one at a time, so that the pieces do not depend on how many arrive together."""
+        self._ids.append(token_id)
         window = self._decode(self._before, len(self._ids))
         if len(self._ids) - self._read > _PATIENCE and window.endswith(_UNKNOWN):
             return self._give_up(window)

@@ -96,11 +96,11 @@ class Builder:
             with ExitStack() as stack:
                 done = stack.enter_context(self._bar("convert", total))
                 if recipe.dummy_seed is None:
-                    tensors = converted(stack.enter_context(open_checkpoint(snapshot)), family, spec, specs)
+                    values = converted(stack.enter_context(open_checkpoint(snapshot)), family, spec, specs)
                 else:
-                    tensors = dummy(specs, recipe.dummy_seed)
+                    values = dummy(recipe.dummy_seed)
                 with staging.open(WEIGHTS_FILE) as out:
-                    write_weights(out, specs, tensors, done)
+                    write_weights(out, specs, values, done)
 
         key = weights_key(spec, recipe.config, origin)
         return self._obtain("convert", "weights", key, snapshot.model, build)
@@ -149,7 +149,7 @@ class Builder:
                 tables: dict[str, torch.Tensor] = constants(spec)
                 specs = [TensorSpec(name, "float32", tuple(t.shape)) for name, t in tables.items()]
                 with staging.open(CONSTANTS_FILE) as out:
-                    write_tensors(out, specs, tables.values())
+                    write_tensors(out, specs, lambda spec: tables[spec.name])
                 done(1)
 
         key = engine_key(spec, recipe.config, digest)

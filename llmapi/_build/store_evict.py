@@ -87,7 +87,7 @@ def in_use(layout: Layout, kind: str, digest: str) -> bool:
     """Whether any process holds the entry open."""
     manifest = layout.entry(kind, digest) / "manifest.json"
     with contextlib.suppress(OSError):
-        fd = store_lock.own(manifest)
+        fd = store_lock.own(manifest, tries=3)
         if fd is None:
             return manifest.exists()
         os.close(fd)
@@ -100,10 +100,10 @@ def evict(layout: Layout, kind: str, digest: str) -> bool:
     It leaves in one rename, so no reader sees half of it. Files in its folder that the manifest does not declare stay.
     """
     path = layout.entry(kind, digest)
-    with store_lock.try_lock(layout.key_lock(kind, digest)) or contextlib.nullcontext() as lock:
+    with store_lock.try_briefly(layout.key_lock(kind, digest)) or contextlib.nullcontext() as lock:
         if lock is None:
             return False
-        owned = store_lock.own(path / "manifest.json")
+        owned = store_lock.own(path / "manifest.json", tries=3)
         if owned is None:
             return False
         try:

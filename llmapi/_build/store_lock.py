@@ -135,6 +135,14 @@ def try_lock(path: Path) -> FileLock | None:
     return None
 
 
+def try_briefly(path: Path, seconds: float = 1.0) -> FileLock | None:
+    """Lock ``path``, waiting out those who hold it for a moment only, as sweepers do."""
+    end = time.monotonic() + seconds
+    while (lock := try_lock(path)) is None and time.monotonic() < end:
+        time.sleep(0.002)
+    return lock
+
+
 def wait_lock(path: Path, on_wait: Callable[[float], None] | None = None) -> FileLock:
     """Lock ``path`` however long it takes; Ctrl-C ends the wait.
 
@@ -175,25 +183,27 @@ def share(path: Path) -> int:
     return fd
 
 
-def own(path: Path) -> int | None:
-    """Own an existing file alone: a file descriptor to close, or None where anybody shares it or it is gone."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
-    except FileNotFoundError:
-        return None
-    try:
-        if _flock(fd) and _same_file(fd, path):
-            return fd
-    except BaseException:
+def own(path: Path, tries: int = 1) -> int | None:
+    """Own an existing file alone: a file descriptor to close, or None where anybody shares it or it is gone.
+
+    Args:
+        tries: how often to try, two milliseconds apart: listings own a manifest for microseconds.
+    """
+    for left in reversed(range(tries)):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+        except FileNotFoundError:
+            return None
+        try:
+            if _flock(fd) and _same_file(fd, path):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
-        raise
-    os.close(fd)
+        if left:
+            time.sleep(0.002)
     return None
-
-
-def share_open_file(fd: int) -> None:
-    """Hold a file that was just written and that nobody else can know yet."""
-    _flock(fd, shared=True, block=True)
 
 
 def own_waiting(fd: int) -> None:
@@ -218,20 +228,23 @@ def check_locks(folder: Path) -> None:
     """
     if reason := _mount_refusal(folder):
         raise CacheError(no_lock_text(folder, reason))
-    path = folder / f"probe-{new_id()}.lock"
-    try:
-        with try_lock(path) or contextlib.nullcontext() as lock:
-            if lock is None:
-                raise CacheError(no_lock_text(folder, "a lock on a fresh file was refused"))
-            with try_lock(path) or contextlib.nullcontext() as second:
-                if second is not None:
-                    raise CacheError(no_lock_text(folder, "two owners could lock one file"))
-    except OSError as error:
-        if no_locks(error):
-            raise CacheError(no_lock_text(folder, str(error.strerror))) from error
-        raise
-    finally:
-        path.unlink(missing_ok=True)
+    for _ in range(50):
+        path = folder / f"probe-{new_id()}.lock"
+        try:
+            with try_lock(path) or contextlib.nullcontext() as lock:
+                if lock is None:
+                    continue  # a sweeper took the fresh file for a leftover: try another
+                with try_lock(path) or contextlib.nullcontext() as second:
+                    if second is not None:
+                        raise CacheError(no_lock_text(folder, "two owners could lock one file"))
+                return
+        except OSError as error:
+            if no_locks(error):
+                raise CacheError(no_lock_text(folder, str(error.strerror))) from error
+            raise
+        finally:
+            path.unlink(missing_ok=True)
+    raise CacheError(no_lock_text(folder, "locks on fresh files were refused"))
 
 
 def no_lock_text(path: Path, reason: str) -> str:

@@ -51,7 +51,7 @@ def find(
             if lock is None:
                 own = None
                 with contextlib.suppress(OSError):  # a root that may only be read
-                    own = store_lock.try_lock(layout.key_lock(kind, digest))
+                    own = store_lock.try_briefly(layout.key_lock(kind, digest))
                 if own is None:
                     return found
                 stack.enter_context(own)

@@ -7,7 +7,7 @@ merged tensor is a view too. The file is plain safetensors; any reader of the fo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,7 @@ from llmapi.errors import CacheError
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALIGNMENT = 4096  # of the first tensor; the format allows spaces after the header
-_CHUNK = 16 << 20  # bytes written at once
+_CHUNK = 8 << 20  # bytes cast and written at once
 
 
 class SupportsWrite(Protocol):
@@ -46,13 +46,13 @@ class TensorSpec:
         return count * (4 if self.dtype == "float32" else 2)
 
 
-def write_tensors(out: SupportsWrite, specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor]) -> None:
+def write_tensors(out: SupportsWrite, specs: Sequence[TensorSpec], value: Callable[[TensorSpec], torch.Tensor]) -> None:
     """Write a safetensors file, holding one tensor at a time.
 
     Args:
         out: where to.
         specs: all tensors, in the file's order.
-        tensors: their values in that order; taken one by one.
+        value: gives the tensor of a spec, of its shape and any dtype; asked in that order, and nothing it gave is kept.
     """
     header: dict[str, object] = {}
     offset = 0
@@ -63,11 +63,23 @@ def write_tensors(out: SupportsWrite, specs: Sequence[TensorSpec], tensors: Iter
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     out.write(len(text).to_bytes(8, "little") + text)
-    for spec, tensor in zip(specs, tensors, strict=True):
-        assert str(tensor.dtype) == f"torch.{spec.dtype}" and tuple(tensor.shape) == spec.shape, spec
-        raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        for start in range(0, len(raw), _CHUNK):
-            out.write(raw[start : start + _CHUNK])
+    buffer = torch.empty(_CHUNK, dtype=torch.uint8)
+    for spec in specs:
+        _write_tensor(out, spec, value(spec), buffer)
+
+
+def _write_tensor(out: SupportsWrite, spec: TensorSpec, tensor: torch.Tensor, buffer: torch.Tensor) -> None:
+    """Cast and write a few rows at a time, through a buffer that is used for all."""
+    assert tuple(tensor.shape) == spec.shape, f"{spec} is given {list(tensor.shape)}"
+    if not tensor.numel():
+        return
+    table = tensor.reshape(spec.shape[0], -1) if len(spec.shape) > 1 else tensor.reshape(1, -1)
+    itemsize, columns = getattr(torch, spec.dtype).itemsize, max(1, table.shape[1])
+    for wide in torch.split(table, max(1, len(buffer) // itemsize // columns)):
+        for piece in torch.split(wide, len(buffer) // itemsize, 1) if len(wide) == 1 else (wide,):
+            cast = buffer[: piece.numel() * itemsize].view(getattr(torch, spec.dtype)).view(piece.shape)
+            cast.copy_(piece)
+            out.write(memoryview(buffer[: piece.numel() * itemsize].numpy().data))
 
 
 class TensorFile:
@@ -100,7 +112,7 @@ class TensorFile:
         return list(self._header)
 
     def read(self, parts: Sequence[str]) -> torch.Tensor:
-        """A tensor, or several one below the other: a view of the map wherever they lie so in the file.
+        """A tensor, or several one below the other: a view of the map where they lie so, and aligned.
 
         Args:
             parts: names, of one dtype and of equal trailing sizes.
@@ -113,4 +125,6 @@ class TensorFile:
         dtype = _DTYPES[str(entries[0]["dtype"])]
         rows = sum(e["shape"][0] for e in entries)
         raw = self._bytes[self._base + starts[0] : self._base + ends[-1]]
+        if raw.storage_offset() % dtype.itemsize:
+            raw = raw.clone()  # behind a tensor of a narrower type
         return raw.view(dtype).view(rows, *entries[0]["shape"][1:])

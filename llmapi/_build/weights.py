@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,36 +36,37 @@ def tensor_specs(spec: TransformerSpec, dtype: str) -> list[TensorSpec]:
     return sorted(specs, key=lambda s: len(s.shape) == 1)
 
 
+Values = Callable[[TensorSpec], torch.Tensor]
+"""Gives the value of a canonical tensor."""
+
+
 def write_weights(
-    out: SupportsWrite, specs: Sequence[TensorSpec], tensors: Iterator[torch.Tensor], progress: Callable[[int], None]
+    out: SupportsWrite, specs: Sequence[TensorSpec], value: Values, progress: Callable[[int], None]
 ) -> None:
     """Write the weights file.
 
     Args:
         out: where to.
         specs: as :func:`tensor_specs` gave them.
-        tensors: values in that order, from :func:`converted` or :func:`dummy`.
-        progress: called with the bytes of each tensor written.
+        value: from :func:`converted` or :func:`dummy`.
+        progress: called with the bytes of each tensor.
     """
 
-    def counted() -> Iterator[torch.Tensor]:
-        for tensor in tensors:
-            yield tensor
-            progress(tensor.nbytes)
+    def counted(spec: TensorSpec) -> torch.Tensor:
+        progress(spec.nbytes)
+        return value(spec)
 
-    write_tensors(out, specs, counted())
+    write_tensors(out, specs, counted)
 
 
-def converted(
-    checkpoint: Checkpoint, family: Family, spec: TransformerSpec, specs: Sequence[TensorSpec]
-) -> Iterator[torch.Tensor]:
-    """Values of the canonical tensors, read one at a time.
+def converted(checkpoint: Checkpoint, family: Family, spec: TransformerSpec, specs: Sequence[TensorSpec]) -> Values:
+    """Values of the canonical tensors, read from a checkpoint when asked for.
 
     Args:
         checkpoint: the open files.
         family: whose names they carry.
         spec: the architecture.
-        specs: tensors wanted, in order.
+        specs: all tensors of the model.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, or of another shape; all of them are named at once.
@@ -73,28 +74,30 @@ def converted(
     table = family.weights(spec)
     sources = {family.plain_name(name): name for name in checkpoint.tensors}
     _check(checkpoint, family, spec, table, sources, specs)
-    for target in specs:
+
+    def value(target: TensorSpec) -> torch.Tensor:
         take = table[target.name]
-        tensor = _take(checkpoint.read(sources[take.name]), take)
-        yield tensor.to(getattr(torch, target.dtype)).contiguous()
+        return _take(checkpoint.read(sources[take.name]), take)
+
+    return value
 
 
-def dummy(specs: Sequence[TensorSpec], seed: int) -> Iterator[torch.Tensor]:
+def dummy(seed: int) -> Values:
     """Random weights: norm weights are one, biases and matrices normal with a deviation of 0.02. Each tensor depends on
     the seed and its own name alone.
 
     Args:
-        specs: tensors wanted, in order.
         seed: of the random numbers.
     """
-    for target in specs:
-        dtype = getattr(torch, target.dtype)
+
+    def value(target: TensorSpec) -> torch.Tensor:
         if target.name.endswith("norm.weight"):
-            yield torch.ones(target.shape, dtype=dtype)
-            continue
+            return torch.ones(target.shape)
         digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        yield torch.empty(target.shape).normal_(0.0, 0.02, generator=generator).to(dtype)
+        return torch.empty(target.shape).normal_(0.0, 0.02, generator=generator)
+
+    return value
 
 
 def _take(tensor: torch.Tensor, take: Take) -> torch.Tensor:

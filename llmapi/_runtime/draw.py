@@ -180,6 +180,8 @@ def _by_k(batch: _Batch) -> Tensor:
     weights = ((wide - wide[:, :1]) / batch.temperature(torch.float64)).exp().masked_fill(values < kth, 0)
     if bool(seen.all()):
         return _from_few(batch, weights, ids, None)
+    if not bool(seen.any()):
+        return _by_wide_k(batch)
     out = torch.full_like(batch.uniform, -1, dtype=torch.int64)
     out[seen] = _from_few(batch.take(weights, seen), weights[seen], ids[seen], None)
     out[~seen] = _by_wide_k(batch.take(batch.x, ~seen))

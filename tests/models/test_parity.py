@@ -85,8 +85,8 @@ def make(tmp_path: Path) -> Make:
         specs = tensor_specs(spec, dtype)
         path = tmp_path / "model.safetensors"
         with path.open("wb") as out:
-            tensors = converted(Memory(state_of(model)), family_of(config), spec, specs)  # type: ignore[arg-type]
-            write_weights(out, specs, tensors, lambda done: None)
+            values = converted(Memory(state_of(model)), family_of(config), spec, specs)  # type: ignore[arg-type]
+            write_weights(out, specs, values, lambda done: None)
         options = EngineOptions(dtype=dtype, max_seq_len=256, kv_cache=KvCacheConfig(max_tokens=64 * BLOCK))
         engine = CpuEngine(export_graph(spec), TensorFile(path), constants(spec), spec, resolve(options, spec))
         return engine, model
