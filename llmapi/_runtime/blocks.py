@@ -7,7 +7,7 @@ Invariants, asserted by :meth:`BlockPool.check` after every operation of the ran
     - A hash names at most one block, and a block has at most one hash.
     - A block that has a hash is full and is never written again until :meth:`allocate` has taken the hash away.
 
-Every operation takes constant time. The pool moves no data: it never sees the KV memory.
+Every operation takes constant time (with ``spare``, on average). The pool moves no data: it never sees the KV memory.
 """
 
 from __future__ import annotations
@@ -59,19 +59,25 @@ class CacheStats:
 class BlockPool:
     """Hands out ``num_blocks`` KV blocks of ``block_size`` tokens and counts their owners.
 
-    Placement is a preference, never a promise. A sequence that asks for the block after its last one mostly gets it, so
-    that its blocks lie in one physical run, which attention on a CPU reads without gathering:
+    Placement is a preference, never a promise: a sequence's blocks mostly lie in one physical run, which attention on a
+    CPU reads without gathering.
         - ``allocate(after=b)`` takes ``b + 1`` when that is empty.
         - Otherwise a place with room to grow: inside one of the longest runs of empty blocks, at its middle when
           the block before the run is live (its owner may want to grow on), else at its start.
-        - A cached block is taken only when no block is empty: the least recently used first, and a few at once
-          (1/64 of the pool, at most 16), since the blocks of one finished sequence lie side by side and so give
-          the next one a run.
+        - A cached block is taken only when no block is empty, the least recently used first.
+
+    A pool full of cached blocks has no runs left, only the holes that partial blocks leave. ``spare`` is the share of
+    the pool that is kept empty for the sake of runs, by evicting early whenever a new place is sought. On a GPU, which
+    gathers anyway, leave it at 0.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True, spare: float = 0.0
+    ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs a block and a token: num_blocks={num_blocks}, block_size={block_size}")
+        if not 0 <= spare <= 1:
+            raise ValueError(f"spare={spare} is a share of the pool: give a number in [0, 1]")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -82,7 +88,7 @@ class BlockPool:
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._num_free = num_blocks
-        self._eviction_run = min(16, max(1, num_blocks // 64))
+        self._min_empty = max(1, int(spare * num_blocks))
 
     @property
     def num_free(self) -> int:
@@ -109,12 +115,12 @@ class BlockPool:
         """
         if not self._num_free:
             raise RuntimeError(f"all {self.num_blocks} KV blocks are in use")
-        if not self._empty:
-            self._evict()
         if after is not None and self._empty.starts_at(after + 1):
             block = after + 1
             self._empty.take(block, block)
         else:
+            while self._cached and self._num_free - len(self._cached) < self._min_empty:
+                self._evict()
             start, length = self._empty.roomiest()
             block = start if start == 0 or not self._counts[start - 1] else start + length // 2
             self._empty.take(start, block)
@@ -184,9 +190,8 @@ class BlockPool:
         assert cached == set(self._hash_of) - live, "a free block with a hash is not cached, or the other way round"
 
     def _evict(self) -> None:
-        """Empty the least recently used cached blocks; at least one."""
-        for _ in range(min(self._eviction_run, len(self._cached))):
-            block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._hash_of.pop(block)]
-            self._empty.add(block)
-            self.stats.evictions += 1
+        """Empty the least recently used cached block."""
+        block, _ = self._cached.popitem(last=False)
+        del self._block_of[self._hash_of.pop(block)]
+        self._empty.add(block)
+        self.stats.evictions += 1

@@ -7,8 +7,9 @@ import hashlib
 import itertools
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from llmapi._runtime.request import Request
@@ -25,19 +26,32 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 _FORMS = "a text, a list of token ids, {'prompt': text} or {'prompt_token_ids': ids}"
 
 
-def is_single(prompts: object) -> bool:
-    """Whether ``prompts`` is one prompt rather than a list of them.
+def listed(prompts: Any) -> tuple[list[Any], bool]:
+    """The prompts as a list, and whether they were a single one rather than a list.
 
-    >>> is_single("Hello"), is_single([1, 2]), is_single(["Hello"])
-    (True, True, False)
+    Raises:
+        RequestError: they are neither.
+
+    >>> listed("Hello"), listed([1, 2]), listed(["Hello", [1, 2]])
+    ((['Hello'], True), ([[1, 2]], True), (['Hello', [1, 2]], False))
     """
-    if isinstance(prompts, (str, Mapping)):
-        return True
-    return isinstance(prompts, Sequence) and bool(prompts) and all(_is_id(p) for p in prompts)
+    prompts = _plain(prompts)
+    if isinstance(prompts, (str, Mapping)) or (prompts and _are_ids(prompts)):
+        return [prompts], True
+    if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts of type {type(prompts).__name__} are not known: give {_FORMS}, or a list of these")
+    return list(prompts), False
 
 
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _plain(value: Any) -> Any:
+    """Arrays and tensors as lists; the rest as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _are_ids(value: object) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)):
+        return False
+    return all(isinstance(v, Integral) and not isinstance(v, bool) for v in value)
 
 
 def pair_params(
@@ -145,8 +159,10 @@ class RequestMaker:
             known = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
             if not known or set(prompt) - {"prompt_token_ids", "prompt"}:
                 raise RequestError(f"unknown prompt: a dict with the keys {sorted(map(str, prompt))}. Give {_FORMS}")
-            _, ids = self._ids(prompt[known[0]])
-            text = prompt.get("prompt")
+            inner, text = prompt[known[0]], prompt.get("prompt")
+            if isinstance(inner, Mapping) or (known[0] == "prompt_token_ids" and isinstance(inner, str)):
+                raise RequestError(f"unknown prompt: {known[0]} is a {type(inner).__name__}. Give {_FORMS}")
+            _, ids = self._ids(inner)
             return (text if isinstance(text, str) else None), ids
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -155,12 +171,11 @@ class RequestMaker:
             if not prompt or not ids:
                 raise RequestError("the prompt is empty: give at least one token")
             return prompt, ids
-        if isinstance(prompt, Sequence) and all(_is_id(p) for p in prompt):
+        prompt = _plain(prompt)
+        if _are_ids(prompt):
             if not prompt:
                 raise RequestError("the prompt is empty: give at least one token")
-            return None, list(prompt)
-        if hasattr(prompt, "tolist"):
-            return self._ids(prompt.tolist())
+            return None, [int(i) for i in prompt]
         raise RequestError(f"a prompt of type {type(prompt).__name__} is not known: give {_FORMS}")
 
     def _check_ids(self, what: str, ids: list[int]) -> None:

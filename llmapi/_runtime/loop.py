@@ -91,7 +91,7 @@ class EngineLoop:
                     break
             try:
                 self._step()
-            except Exception as error:
+            except BaseException as error:  # SystemExit too, of users' code: those who wait must hear of it
                 log.exception("a step failed; the requests in flight fail with it")
                 self._fail_all(error)
         for job in [*self._jobs.values(), *self._arriving]:
@@ -142,7 +142,14 @@ class EngineLoop:
         if rows:
             wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked)]
             for row, sampled in zip(rows, self._sampler(wanted, rows), strict=True):
-                self._commit_row(row.sequence, sampled)
+                owner = self._jobs.get(row.sequence.request)
+                if owner is None:
+                    continue  # it failed at the row of a sibling
+                try:
+                    self._commit_row(owner, row.sequence, sampled)
+                except Exception as error:  # such as a tokenizer's; the others have no part in it
+                    log.exception("request %s failed", owner.request.id)
+                    self._fail(owner, error)
 
     def _keep_prompt_rows(self, job: Job, entry: Entry, logits: torch.Tensor) -> None:
         """Keep what the user wants to know of the prompt: row ``t`` tells of token ``t + 1``."""
@@ -160,11 +167,9 @@ class EngineLoop:
             job.prompt_logprobs += prompt_logprobs(logits[: len(told)], following, params.prompt_logprobs, decode)
         job.prompt_rows += count
 
-    def _commit_row(self, seq: Sequence, sampled: Sampled) -> None:
-        job = self._jobs[seq.request]
+    def _commit_row(self, job: Job, seq: Sequence, sampled: Sampled) -> None:
         if sampled.error is not None:
-            job.error = sampled.error
-            self._end_job(job, "error")
+            self._fail(job, sampled.error)
             return
         now = job.elapsed()
         metrics = job.request.metrics
@@ -219,19 +224,23 @@ class EngineLoop:
         for seq in job.request.sequences:
             if not seq.finished:
                 assert reason is not None
-                job.records[seq].transcript.finish()
+                if reason != "error":
+                    job.records[seq].transcript.finish()
                 self._end_sequence(seq, reason)
         self._jobs.pop(job.request, None)
         job.request.metrics.finished_time = job.elapsed()
         job.listener(job.output())
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail(self, job: Job, error: BaseException) -> None:
         if not isinstance(error, LLMAPIError):
-            cause, error = error, LLMAPIError(f"the engine failed: {error}")
+            cause, error = error, LLMAPIError(f"the engine failed: {type(error).__name__}: {error}")
             error.__cause__ = cause
+        job.error = error
+        self._end_job(job, "error")
+
+    def _fail_all(self, error: BaseException) -> None:
         for job in list(self._jobs.values()):
-            job.error = error
-            self._end_job(job, "error")
+            self._fail(job, error)
 
 
 def _draws(seq: Sequence) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from llmapi._runtime.request import Sequence
 
@@ -42,3 +43,24 @@ class StepPlan:
     def num_tokens(self) -> int:
         """How many tokens the step computes."""
         return sum(entry.count for entry in self.entries)
+
+
+@dataclass(eq=False, slots=True)
+class Draft:
+    """A plan in the making.
+
+    A copy owns a reference to its source until the plan is done: when the last sequence that owned the source is
+    preempted in the same step, the block cannot be handed out while it is still to be read.
+    """
+
+    tokens: int  # still to give away
+    slots: int  # entries still to give away
+    entries: dict[Sequence, Entry] = field(default_factory=dict)
+    copies: dict[int, int] = field(default_factory=dict)  # target -> source
+    held: Counter[int] = field(default_factory=Counter)  # source -> references owned by copies
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        """Whether no further entry can be planned."""
+        return not (self.tokens and self.slots)

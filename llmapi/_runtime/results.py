@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
+import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 
 from llmapi.errors import LLMAPIError
@@ -12,31 +14,44 @@ from llmapi.outputs import RequestOutput
 Abort = Callable[[], None]
 
 
-class OutputStream:
+class OutputStream(Iterator[RequestOutput]):
     """The states of one request as they come: an iterator that ends after the final one.
 
-    Ctrl-C, an exception in the loop body, ``close()`` and garbage collection abort the request.
+    Ctrl-C, :meth:`close` and garbage collection abort the request, whether or not a state was taken.
+
+    Args:
+        abort: ends the request.
+
+    Attributes:
+        listen: takes in a state; called on the loop's thread. It does not keep the stream alive.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, abort: Abort) -> None:
+        self._abort = abort
+        self._over = False
         self._states: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+        self.listen: Callable[[RequestOutput], None] = self._states.put
 
-    def listen(self, output: RequestOutput) -> None:
-        """Take in a state; called on the loop's thread."""
-        self._states.put(output)
-
-    def iterate(self, abort: Abort) -> Iterator[RequestOutput]:
-        """The states; ``abort`` is called when the caller stops early."""
-        finished = False
+    def __next__(self) -> RequestOutput:
+        if self._over:
+            raise StopIteration
         try:
-            while not finished:
-                output = self._states.get()
-                finished = output.finished
-                raise_error(output)
-                yield output
-        finally:
-            if not finished:
-                abort()
+            output = self._states.get()
+        except BaseException:
+            self.close()
+            raise
+        self._over = output.finished
+        raise_error(output)
+        return output
+
+    def close(self) -> None:
+        """Take no more states, and abort the request unless it has ended."""
+        if not self._over:
+            self._over = True
+            self._abort()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class RequestFuture:
@@ -71,6 +86,7 @@ class RequestFuture:
     def _take(self, item: RequestOutput | LLMAPIError) -> RequestOutput:
         if isinstance(item, LLMAPIError) or item.finished:
             self._final = item
+            self._states.put(item)  # for whoever waits in another thread
         if isinstance(item, LLMAPIError):
             raise item
         raise_error(item)
@@ -94,9 +110,11 @@ class RequestFuture:
             TimeoutError: it is not there in time; the request goes on.
             LLMAPIError: the request failed.
         """
+        limit = None if timeout is None else time.monotonic() + timeout
         while self._final is None:
             try:
-                self._take(self._states.get(timeout=timeout))
+                left = None if limit is None else max(0.0, limit - time.monotonic())
+                self._take(self._states.get(timeout=left))
             except queue.Empty:
                 raise TimeoutError(f"no result within {timeout} s; the request goes on, or call abort()") from None
         return self._take(self._final)
@@ -109,8 +127,11 @@ class RequestFuture:
             try:
                 loop.call_soon_threadsafe(arrived.set)
             except RuntimeError:  # that event loop is closed; nobody waits there any more
-                if notify in self._listeners:
-                    self._listeners.remove(notify)
+                forget()
+
+        def forget() -> None:
+            with contextlib.suppress(ValueError):
+                self._listeners.remove(notify)
 
         self._listeners.append(notify)
         try:
@@ -123,7 +144,7 @@ class RequestFuture:
                     continue
                 yield self._take(item)
         finally:
-            self._listeners.remove(notify)
+            forget()
             if self._final is None:
                 self._abort()
 

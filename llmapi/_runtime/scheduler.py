@@ -22,35 +22,13 @@ may be finished or added, and none may be forked. When a plan could not be run, 
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
-from dataclasses import dataclass, field
 
 from llmapi._runtime.blocks import BlockPool, block_hash
-from llmapi._runtime.plan import Entry, StepPlan
+from llmapi._runtime.plan import Draft, Entry, StepPlan
 from llmapi._runtime.request import Sequence, Status
 from llmapi._runtime.waiting import WaitingQueue, age
 
 __all__ = ["Entry", "Scheduler", "StepPlan"]
-
-
-@dataclass(eq=False, slots=True)
-class _Draft:
-    """A plan in the making.
-
-    A copy owns a reference to its source until the plan is done: when the last sequence that owned the source is
-    preempted in the same step, the block cannot be handed out while it is still to be read.
-    """
-
-    tokens: int  # still to give away
-    slots: int  # entries still to give away
-    entries: dict[Sequence, Entry] = field(default_factory=dict)
-    copies: dict[int, int] = field(default_factory=dict)  # target -> source
-    held: Counter[int] = field(default_factory=Counter)  # source -> references owned by copies
-    preempted: list[Sequence] = field(default_factory=list)
-
-    @property
-    def full(self) -> bool:
-        return not (self.tokens and self.slots)
 
 
 def _hash_next(hashes: list[bytes], token_ids: list[int], size: int) -> bytes:
@@ -161,7 +139,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when no sequence has a token to compute."""
-        draft = _Draft(self.max_num_tokens, self.max_batch_size)
+        draft = Draft(self.max_num_tokens, self.max_batch_size)
         prefills: list[Sequence] = []
         for seq in self._running:  # preemption shortens the list from its end only
             todo = len(seq.token_ids) - seq.num_computed
@@ -197,8 +175,23 @@ class Scheduler:
                 block = seq.block_table[len(seq.block_hashes)]
                 self.pool.register(block, _hash_next(seq.block_hashes, seq.token_ids, size))
 
-    def _place(self, seq: Sequence, count: int, draft: _Draft) -> None:
-        """Plan ``count`` tokens of a running ``seq`` and take the blocks they need; or preempt it to get them."""
+    def _place(self, seq: Sequence, count: int, draft: Draft) -> None:
+        """Plan ``count`` tokens of a running ``seq``, unless the blocks they need cost it its own."""
+        start, size = seq.num_computed, self.pool.block_size
+        used = start % size  # of the last block; most decodes write to it, need no other and share it with nobody
+        if not used or used + count > size or self.pool.count(seq.block_table[-1]) > 1:
+            self._take_blocks(seq, count, draft)
+            if seq.status is not Status.RUNNING:
+                return
+        draft.entries[seq] = Entry(seq, start, count)
+        draft.tokens -= count
+        draft.slots -= 1
+
+    def _take_blocks(self, seq: Sequence, count: int, draft: Draft) -> None:
+        """Give ``seq`` the blocks to write ``count`` tokens to; preempt it when it is the youngest and none is left.
+
+        What it needs is found before anything is taken, and again after each preemption, which may also end a sharing.
+        """
         pool, table, start = self.pool, seq.block_table, seq.num_computed
         first = start // pool.block_size  # index of the first block to be written
         fresh = (start + count - 1) // pool.block_size + 1 - len(table)
@@ -217,16 +210,13 @@ class Scheduler:
             draft.held[source] += 1
         for _ in range(fresh):
             table.append(pool.allocate(table[-1] if table else None))
-        draft.entries[seq] = Entry(seq, start, count)
-        draft.tokens -= count
-        draft.slots -= 1
 
-    def _is_shared(self, block: int, draft: _Draft) -> bool:
+    def _is_shared(self, block: int, draft: Draft) -> bool:
         """Whether a sequence other than the one that asks owns ``block``."""
         count = self.pool.count(block)
         return count > 1 and count - draft.held[block] > 1
 
-    def _preempt(self, victim: Sequence, draft: _Draft) -> None:
+    def _preempt(self, victim: Sequence, draft: Draft) -> None:
         """Take the blocks of the youngest running sequence, and whatever this step had planned for it."""
         if victim is self._running[0]:
             raise RuntimeError(
@@ -248,7 +238,7 @@ class Scheduler:
         draft.preempted.append(victim)
         self._waiting.push(victim)
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Let waiting sequences run, oldest first, while the step and the pool have room for the next one."""
         pool = self.pool
         while not draft.full and len(self._running) < self.max_batch_size:

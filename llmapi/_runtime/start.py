@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from llmapi.models.family import family_of, spec_of
 from llmapi.models.spec import TransformerSpec
 
 LOAD_FORMATS = ("auto", "dummy")
+TOKENIZER_MODES = ("auto", "slow")
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,26 @@ class ModelOptions:
     hf_token: str | bool | None = None
     load_format: str = "auto"
     refresh: bool = False
-    cache_dir: Path | None = None
+    cache_dir: str | os.PathLike[str] | None = None
     seed: int | None = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise ConfigError(
+                f"model={self.model!r}: give a Hugging Face id such as 'org/name', a folder, or a .gguf file"
+            )
+        for name in ("skip_tokenizer_init", "trust_remote_code", "refresh", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
+        if self.revision is not None and not isinstance(self.revision, str):
+            raise ConfigError(f"revision={self.revision!r}: give a branch, tag or commit as a text")
+        if self.hf_token is not None and not isinstance(self.hf_token, (str, bool)):
+            raise ConfigError("hf_token: give a text, True for the stored login, False for none, or None")
+        if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
+            raise ConfigError(f"cache_dir={self.cache_dir!r}: give a folder, or None")
+        if self.tokenizer_mode not in TOKENIZER_MODES:
+            raise ConfigError(unknown_name("tokenizer_mode", self.tokenizer_mode, TOKENIZER_MODES))
         if self.load_format not in LOAD_FORMATS:
             raise ConfigError(unknown_name("load_format", self.load_format, LOAD_FORMATS))
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
@@ -79,17 +96,25 @@ def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
         engine: how it is to run.
     """
     report = BuildReport(str(options.model))
-    root = options.cache_dir or _env.cache_dir()
+    root = Path(options.cache_dir).expanduser() if options.cache_dir is not None else _env.cache_dir()
     store = Store(root)
     builder = Builder(store, report, progress=options.progress)
     try:
-        folder = Path(options.model).expanduser()
-        if is_saved(folder):
+        folder = _saved_folder(options.model)
+        if folder is not None:
             return _from_saved(load_saved(folder), options, engine, builder, report)
         return _from_source(options, engine, builder, report, DigestMemory(root / "digests"))
     except BaseException:
         builder.close()
         raise
+
+
+def _saved_folder(model: str) -> Path | None:
+    try:
+        folder = Path(model).expanduser()
+        return folder if is_saved(folder) else None
+    except (OSError, ValueError, RuntimeError):  # what is no path here may still be something else
+        return None
 
 
 def _from_source(
@@ -114,6 +139,7 @@ def _from_source(
     tokenizer = _tokenizer(options, snapshot, builder, report, digests)
     weights = builder.weights(recipe)
     compiled = builder.engine(recipe, snapshot.model)
+    report.hashed_bytes = digests.hashed_bytes
     stops = _stop_token_ids(snapshot, config_json, tokenizer)
     return Prepared(spec, config, tokenizer, stops, weights, compiled, builder, report)
 
@@ -132,7 +158,7 @@ def _from_saved(
         with report.phase("tokenizer"):
             tokenizer = _given_tokenizer(options, None)
             if tokenizer is None:
-                tokenizer = Tokenizer.load(saved.path, trust_remote_code=options.trust_remote_code)
+                tokenizer = _load_tokenizer(saved.path, options)
     compiled = builder.saved_engine(Recipe(None, None, saved.spec, config), saved)
     return Prepared(saved.spec, config, tokenizer, saved.stop_token_ids, saved.weights, compiled, builder, report)
 
@@ -142,7 +168,6 @@ def _tokenizer(
 ) -> Tokenizer | None:
     if options.skip_tokenizer_init:
         return None
-    mode, trust = options.tokenizer_mode, options.trust_remote_code
     given = _given_tokenizer(options, digests)
     if given is not None:
         return given
@@ -158,7 +183,12 @@ def _tokenizer(
     if not snapshot.tokenizer_files and options.load_format == "dummy":
         return None
     with report.phase("tokenizer"):
-        return Tokenizer.load(folder, mode=mode, trust_remote_code=trust)  # type: ignore[arg-type]
+        return _load_tokenizer(folder, options)
+
+
+def _load_tokenizer(folder: Path, options: ModelOptions) -> Tokenizer:
+    mode, trust = options.tokenizer_mode, options.trust_remote_code
+    return Tokenizer.load(folder, mode=mode, trust_remote_code=trust)  # type: ignore[arg-type]
 
 
 def _given_tokenizer(options: ModelOptions, digests: DigestMemory | None) -> Tokenizer | None:
@@ -169,7 +199,11 @@ def _given_tokenizer(options: ModelOptions, digests: DigestMemory | None) -> Tok
     if isinstance(given, Tokenizer):
         return given
     if not isinstance(given, (str, Path)):
+        if not all(hasattr(given, name) for name in ("decode", "eos_token_id", "all_special_ids")):
+            raise ConfigError(f"tokenizer={given!r}: give a Hugging Face id, a folder or a tokenizer of transformers")
         return Tokenizer(given)
+    if Path(given).is_dir():  # it need not be a whole model
+        return _load_tokenizer(Path(given), options)
     snapshot = resolve_source(
         given,
         token=options.hf_token,
@@ -178,7 +212,7 @@ def _given_tokenizer(options: ModelOptions, digests: DigestMemory | None) -> Tok
         digests=digests or DigestMemory(_env.cache_dir() / "digests"),
         progress=options.progress,
     )
-    return Tokenizer.load(snapshot.path, mode=options.tokenizer_mode, trust_remote_code=options.trust_remote_code)  # type: ignore[arg-type]
+    return _load_tokenizer(snapshot.path, options)
 
 
 def _stop_token_ids(snapshot: Snapshot, config: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:

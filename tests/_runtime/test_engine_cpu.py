@@ -1,0 +1,93 @@
+"""The CPU engine's own business: sizing the KV memory, closing, binding. Its numbers are in tests/models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmapi._build.export import export_graph
+from llmapi._build.graph import Graph, Node
+from llmapi._build.tensor_file import TensorFile, write_tensors
+from llmapi._build.weights import dummy, tensor_specs
+from llmapi._runtime.batch import StepBatch
+from llmapi._runtime.engine import num_kv_blocks
+from llmapi._runtime.engine_cpu import CpuEngine, available_memory
+from llmapi.config import EngineConfig, EngineOptions, KvCacheConfig, resolve
+from llmapi.errors import BuildError, ConfigError, EngineClosedError
+from llmapi.models.family import spec_of
+from llmapi.models.spec import TransformerSpec
+from llmapi.models.transformer import constants
+from tests.tiny import tiny_config
+
+SPEC = spec_of({**tiny_config("llama").to_dict(), "architectures": ["LlamaForCausalLM"]})
+TOKEN_BYTES = 2 * 3 * 2 * 16 * 4  # k and v, layers, key heads, channels, float32
+
+
+def config(**kv: object) -> EngineConfig:
+    return resolve(EngineOptions(max_seq_len=100, max_batch_size=4, kv_cache=KvCacheConfig.of(kv)), SPEC)
+
+
+def blocks(free: int = 1 << 30, fraction: float = 0.5, **kv: object) -> int:
+    return num_kv_blocks(config(**kv), SPEC, free, fraction)
+
+
+def engine(tmp_path: Path, graph: Graph | None = None) -> CpuEngine:
+    specs = tensor_specs(SPEC, "float32")
+    with (tmp_path / "w.safetensors").open("wb") as out:
+        write_tensors(out, specs, dummy(0))
+    weights = TensorFile(tmp_path / "w.safetensors")
+    return CpuEngine(graph or export_graph(SPEC), weights, constants(SPEC), SPEC, config(max_tokens=256))
+
+
+def one_token() -> StepBatch:
+    return StepBatch([3], [0], [0], [[0]], [1], [0, 1], [0], [1], [])
+
+
+def test_kv_memory_follows_the_arithmetic() -> None:
+    assert SPEC.kv_bytes_per_token(4) == TOKEN_BYTES
+    assert blocks(max_tokens=170) == 10
+    assert blocks(memory_bytes=5 * 16 * TOKEN_BYTES + 1) == 5
+    assert blocks(free=100 * 16 * TOKEN_BYTES, fraction=0.1) == 10
+    assert blocks(free=100 * 16 * TOKEN_BYTES, memory_fraction=0.2) == 20
+    assert blocks(free=1 << 40) == 4 * 7, "more than every sequence can use is of no use"
+    assert blocks(max_tokens=512, block_size=64) == 8
+
+
+@pytest.mark.parametrize("kv", [{"max_tokens": 15}, {"memory_bytes": 1000}, {"memory_fraction": 1e-9}])
+def test_memory_for_no_block_is_refused_with_the_arithmetic(kv: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        blocks(**kv)
+    assert f"{16 * TOKEN_BYTES:,} bytes" in str(caught.value)
+
+
+def test_the_system_says_how_much_memory_is_free() -> None:
+    assert 1 << 20 < available_memory() < 1 << 50
+
+
+def test_logits_are_float32_and_steps_repeat_to_the_bit(tmp_path: Path) -> None:
+    loaded = engine(tmp_path)
+    first, second = loaded.step(one_token()), loaded.step(one_token())
+    assert first.dtype == torch.float32 and first.shape == (1, SPEC.vocab_size)
+    assert torch.equal(first, second)
+
+
+def test_a_closed_engine_says_so(tmp_path: Path) -> None:
+    loaded = engine(tmp_path)
+    loaded.close()
+    loaded.close()
+    with pytest.raises(EngineClosedError, match="make a new LLM"):
+        loaded.step(one_token())
+
+
+def test_an_operator_that_torch_does_not_have_is_named(tmp_path: Path) -> None:
+    graph = export_graph(SPEC)
+    alien = Node("alien", "aten.no_such_operator.default", (), {}, "")
+    with pytest.raises(BuildError, match=r"aten\.no_such_operator\.default"):
+        engine(tmp_path, replace(graph, nodes=(*graph.nodes, alien)))
+
+
+def test_spec_arithmetic_is_that_of_the_model() -> None:
+    assert isinstance(SPEC, TransformerSpec) and (SPEC.q_size, SPEC.kv_size) == (64, 32)

@@ -1,0 +1,421 @@
+"""The scheduler under random load, against a model of the KV memory.
+
+The model stores, for each (block, offset), a hash of the whole history that a token's KV depends on. A step first does
+its copies, then reads everything an attention kernel would read, then writes. So a wrong prefix hit, a missing copy, a
+write to a shared block or a block freed too early shows as a wrong history. The faults at the end prove that it does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections import Counter
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from llmapi._runtime import blocks, scheduler
+from llmapi._runtime.blocks import BlockPool
+from llmapi._runtime.request import Request, Sequence, Status
+from llmapi._runtime.scheduler import Scheduler, StepPlan
+from llmapi._runtime.waiting import age
+from llmapi.outputs import RequestMetrics
+from llmapi.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Load:
+    """Shape of a random run; lengths are in tokens."""
+
+    num_blocks: int
+    block_size: int
+    max_num_tokens: int
+    max_batch_size: int
+    max_prompt: int
+    max_output: int
+    caching: bool = True
+    width: int = 4  # most sequences of one request
+    beams: bool = False  # forks at any time, children replacing parents
+    arrivals: float = 0.5  # chance of a new request before each step
+    priorities: int = 1
+
+
+LOADS = {
+    "roomy": Load(64, 4, 64, 8, 40, 20),
+    "tight": Load(14, 4, 24, 8, 30, 24),
+    "tiny": Load(6, 2, 3, 4, 6, 6, arrivals=0.7),
+    "one token": Load(20, 1, 4, 6, 10, 10),
+    "chunks": Load(40, 4, 5, 6, 60, 8),
+    "no cache": Load(14, 4, 24, 8, 30, 24, caching=False),
+    "beams": Load(24, 4, 32, 12, 20, 24, beams=True),
+    "wide": Load(40, 4, 16, 4, 20, 12, width=10),
+    "priorities": Load(14, 4, 12, 6, 24, 24, priorities=3),
+    "old prefills, young beams": Load(12, 4, 8, 8, 30, 16, beams=True, priorities=4),
+    "whole pool": Load(4, 4, 16, 4, 16, 8, width=2),
+    "one at a time": Load(10, 4, 8, 1, 24, 12, width=3),
+    "large": Load(1100, 2, 32, 8, 60, 20),
+}
+
+
+class World:
+    """A scheduler, the loop around it, and what the KV memory would hold."""
+
+    def __init__(self, load: Load, seed: int, pool_type: type[BlockPool], scheduler_type: type[Scheduler]) -> None:
+        self.load, self.rng = load, random.Random(seed)
+        self.pool = pool_type(
+            load.num_blocks, load.block_size, enable_prefix_caching=load.caching, spare=self.rng.choice([0.0, 0.3])
+        )
+        capacity = load.num_blocks * load.block_size
+        self.scheduler = scheduler_type(
+            self.pool,
+            max_num_tokens=load.max_num_tokens,
+            max_batch_size=load.max_batch_size,
+            max_seq_len=capacity if self.rng.random() < 0.5 else min(capacity, load.max_prompt + load.max_output),
+        )
+        self.kv: dict[tuple[int, int], int] = {}
+        self.contents_of: dict[bytes, int] = {}  # block hash -> history at the block's end
+        self.histories: dict[Sequence, list[int]] = {}
+        self.limits: dict[Sequence, int] = {}
+        self.live: list[Sequence] = []
+        self.prompts: list[list[int]] = []
+        self.seen: Counter[str] = Counter()
+        self.num_requests = 0
+
+    # what the outside does
+
+    def arrive(self) -> None:
+        prompt: list[int] = []
+        if self.prompts and self.rng.random() < 0.6:  # begin like an earlier one
+            prompt = self.rng.choice(self.prompts)
+            prompt = prompt[: self.rng.randint(1, len(prompt))]
+        length = (
+            self.rng.randint(max(1, len(prompt)), self.load.max_prompt) if len(prompt) < self.load.max_prompt else 0
+        )
+        prompt = prompt + [self.rng.randrange(3) for _ in range(length - len(prompt))]
+        limit = len(prompt) + self.rng.randint(1, self.load.max_output)
+        limit = min(limit, self.scheduler.capacity_tokens)
+        if len(prompt) >= limit:
+            return
+        assert self.scheduler.fits(limit)
+        self.prompts = [*self.prompts[-20:], prompt]
+        params = SamplingParams(
+            n=self.rng.randint(1, self.load.width) if self.rng.random() < 0.5 else 1,
+            prompt_logprobs=0 if self.rng.random() < 0.1 else None,
+        )
+        self.num_requests += 1
+        request = Request(
+            str(self.num_requests),
+            None,
+            prompt,
+            params,
+            0,
+            self.load.max_output,
+            frozenset(),
+            RequestMetrics(arrival_time=0.0),
+            self.rng.randrange(self.load.priorities),
+        )
+        self.scheduler.add(request.sequences[0])
+        self.join(request.sequences[0], limit)
+
+    def join(self, seq: Sequence, limit: int) -> None:
+        self.live.append(seq)
+        self.limits[seq] = limit
+        self.histories[seq] = []
+
+    def leave(self, seq: Sequence) -> None:
+        self.scheduler.finish(seq)
+        self.live.remove(seq)
+        del self.limits[seq], self.histories[seq]
+        assert seq.status is Status.FINISHED
+
+    def fork(self, parent: Sequence) -> Sequence:
+        children = parent.request.sequences
+        child = Sequence(parent.request, len(children), parent.token_ids.copy(), parent.num_prompt)
+        children.append(child)
+        self.scheduler.fork(parent, child)
+        self.join(child, self.limits[parent])
+        self.seen["forks"] += 1
+        return child
+
+    # one turn of the loop
+
+    def turn(self, arriving: bool) -> None:
+        while arriving and self.rng.random() < self.load.arrivals:
+            self.arrive()
+        if self.live and self.rng.random() < 0.03:
+            self.leave(self.rng.choice(self.live))
+            self.seen["aborts"] += 1
+            self.check()
+        before = list(self.scheduler.running), list(self.scheduler.waiting)
+        todo = {seq: len(seq.token_ids) - seq.num_computed for seq in self.live}
+        plan = self.scheduler.schedule()
+        assert (plan is None) == (not self.live), "a step must run something whenever there is something to run"
+        if plan is None:
+            return
+        self.check(copied=False)
+        self.check_policy(plan, *before, todo)
+        self.run(plan)
+        producing = [entry.seq for entry in plan.entries if entry.produces_logits]
+        if self.rng.random() < 0.02:  # an abort while the step runs
+            victim = self.rng.choice(self.live)
+            self.leave(victim)
+            producing = [seq for seq in producing if seq is not victim]
+        self.scheduler.commit(plan)
+        self.check()
+        self.decide(producing)
+        self.check()
+
+    def decide(self, producing: list[Sequence]) -> None:
+        """Append tokens, fork, finish: what sampling or a beam search would do."""
+        for seq in producing:
+            group = [seq]
+            first = seq.num_output == 0 and len(seq.request.sequences) == 1
+            if first:
+                group += [self.fork(seq) for _ in range(seq.request.params.n - 1)]
+            elif self.load.beams and self.rng.random() < 0.3 and len(self.live) < 40:
+                group.append(self.fork(seq))
+                if self.rng.random() < 0.5:
+                    group.append(self.fork(seq))
+                    self.leave(group.pop(0))
+            for each in group:
+                forced = self.load.beams and self.rng.random() < 0.2  # several tokens at once: a short prefill again
+                room = self.limits[each] - len(each.token_ids)
+                for _ in range(min(room, self.rng.randint(2, 8)) if forced else 1):
+                    each.token_ids.append(self.rng.randrange(3))
+                if len(each.token_ids) >= self.limits[each] or self.rng.random() < 0.02:
+                    self.leave(each)
+
+    def run(self, plan: StepPlan) -> None:
+        """Do to the modelled memory what an engine would do to the real one."""
+        size = self.load.block_size
+        snapshot = {target: [self.kv.get((source, offset)) for offset in range(size)] for source, target in plan.copies}
+        sources, targets = [s for s, _ in plan.copies], [t for _, t in plan.copies]
+        assert len(set(targets)) == len(targets) and not set(targets) & set(sources), "copies depend on each other"
+        for target, values in snapshot.items():
+            self.check_written(target)
+            for offset, value in enumerate(values):
+                self.kv[target, offset] = value  # type: ignore[assignment]
+        written: set[tuple[int, int]] = set()
+        for entry in plan.entries:
+            seq = entry.seq
+            self.check_contents(seq, entry.start)
+            for position in range(entry.start, entry.start + entry.count):
+                block, offset = seq.block_table[position // size], position % size
+                self.check_written(block)
+                assert (block, offset) not in written, "two sequences write to one place"
+                written.add((block, offset))
+        for entry in plan.entries:
+            history = self.history(entry.seq)
+            for position in range(entry.start, entry.start + entry.count):
+                self.kv[entry.seq.block_table[position // size], position % size] = history[position]
+        self.seen["steps"] += 1
+        self.seen["tokens"] += plan.num_tokens
+        self.seen["copies"] += len(plan.copies)
+        self.seen["preempted"] += len(plan.preempted)
+        self.seen["chunks"] += sum(not entry.produces_logits for entry in plan.entries)
+
+    def history(self, seq: Sequence) -> list[int]:
+        known = self.histories[seq]
+        for position in range(len(known), len(seq.token_ids)):
+            known.append(hash((known[-1] if known else None, seq.token_ids[position])))
+        return known
+
+    # what must hold
+
+    def check(self, *, copied: bool = True) -> None:
+        scheduler, size = self.scheduler, self.load.block_size
+        running, waiting = scheduler.running, scheduler.waiting
+        self.pool.check(seq.block_table for seq in running)
+        assert sorted(map(id, running + waiting)) == sorted(map(id, self.live)), "a sequence got lost"
+        assert running == sorted(running, key=age)
+        for seq in running:
+            assert seq.status is Status.RUNNING
+            assert 0 <= seq.num_computed <= len(seq.token_ids) and len(seq.block_table) * size >= seq.num_computed
+            assert len(set(seq.block_table)) == len(seq.block_table)
+            assert len(seq.block_hashes) == (seq.num_computed // size if self.load.caching else 0)
+            if copied:  # else the copies of the plan are still to be done
+                self.check_contents(seq, seq.num_computed)
+        for seq in waiting:
+            assert seq.status is Status.WAITING
+            assert not seq.block_table and not seq.block_hashes and seq.num_computed == 0
+        for block in range(self.load.num_blocks):
+            digest = self.pool.hash_of(block)
+            if digest is not None:
+                end = self.kv[block, size - 1]
+                assert self.contents_of.setdefault(digest, end) == end, "a block's hash does not tell its contents"
+
+    def check_contents(self, seq: Sequence, count: int) -> None:
+        """Every token computed so far is where the block table says, computed from the same history."""
+        history, size = self.history(seq), self.load.block_size
+        for position in range(count):
+            found = self.kv.get((seq.block_table[position // size], position % size))
+            assert found == history[position], f"token {position} of {count} is not what the block table points at"
+
+    def check_written(self, block: int) -> None:
+        assert self.pool.count(block) == 1, f"block {block} is written and has {self.pool.count(block)} owners"
+        assert self.pool.hash_of(block) is None, f"block {block} is written and can be found by hash"
+
+    def check_policy(
+        self, plan: StepPlan, running: list[Sequence], waiting: list[Sequence], todo: dict[Sequence, int]
+    ) -> None:
+        load = self.load
+        counts = {entry.seq: entry.count for entry in plan.entries}
+        assert plan.entries and len(counts) == len(plan.entries) <= load.max_batch_size
+        assert 0 < plan.num_tokens <= load.max_num_tokens
+        full = plan.num_tokens == load.max_num_tokens or len(counts) == load.max_batch_size
+        admitted = [seq for seq in waiting if seq.status is Status.RUNNING]
+        # preemption takes the youngest, and stops admission
+        keep = len(running) - len(plan.preempted)
+        assert set(plan.preempted) == set(running[keep:]) and (keep or not running)
+        assert not (plan.preempted and admitted)
+        # admission is first come, first served, and comes last
+        assert admitted == waiting[: len(admitted)]
+        assert not admitted or len(running) + len(admitted) <= load.max_batch_size
+        decoding = [seq for seq in running[:keep] if todo[seq] == 1]
+        prefills = [seq for seq in running[:keep] if todo[seq] > 1]
+        if any(seq not in counts for seq in decoding):  # decodes come before all else
+            assert full or plan.preempted
+            assert not admitted
+        assert set(counts) <= set(decoding) | set(prefills) | set(admitted)
+        if admitted:
+            assert set(decoding) | set(prefills) <= set(counts)
+        for seq, count in counts.items():
+            left = len(seq.token_ids) - seq.num_computed
+            assert 0 < count <= left
+            assert count == left or full or plan.preempted, "cut for no reason"
+        # the oldest moves on, or decodes fill the step
+        if keep:
+            assert running[0] in counts or set(counts) <= set(decoding)
+        self.seen["admitted"] += len(admitted)
+        self.seen["hits"] += sum(bool(seq.num_computed) for seq in admitted)
+
+
+def play(
+    load: Load,
+    seed: int,
+    turns: int,
+    pool_type: type[BlockPool] = BlockPool,
+    scheduler_type: type[Scheduler] = Scheduler,
+) -> World:
+    """Run a random load to its end; every check on the way must hold."""
+    world = World(load, seed, pool_type, scheduler_type)
+    for _ in range(turns):
+        world.turn(arriving=len(world.live) < 30)
+    bound = 50 + 4 * sum(world.limits[seq] for seq in world.live) * max(1, len(world.live))
+    while world.live:  # nothing new arrives: everyone must come to an end
+        world.turn(arriving=False)
+        bound -= 1
+        assert bound, "starved"
+    assert not world.scheduler.has_work and world.pool.num_free == load.num_blocks
+    world.pool.check([])
+    return world
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", LOADS)
+def test_random_load(name: str, seed: int) -> None:
+    world = play(LOADS[name], seed, turns=400)
+    seen = world.seen
+    assert seen["steps"] > 300 and seen["admitted"] > 10 and seen["forks"] > 10
+    assert seen["chunks"] > 0 or name == "whole pool"
+    if name in ("tight", "tiny", "one token", "no cache", "beams", "priorities", "old prefills, young beams"):
+        assert seen["preempted"] > 0
+    if name != "one token":
+        assert seen["copies"] > 0
+    assert (seen["hits"] > 0) == LOADS[name].caching
+
+
+# Each fault must be noticed: the checks above are worth nothing otherwise.
+
+Edit = tuple[str, str]
+FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
+    "copy-on-write off": (scheduler, [("return count > 1 and count - draft.held[block] > 1", "return False")]),
+    "copies left out of the plan": (
+        scheduler,
+        [
+            (
+                "return StepPlan(list(draft.entries.values()), copies,",
+                "return StepPlan(list(draft.entries.values()), [],",
+            )
+        ],
+    ),
+    "a copy does not hold its source": (
+        scheduler,
+        [
+            ("draft.held[source] += 1", "self.pool.release(source)"),
+            ("draft.held[source] -= 1\n                self.pool.release(source)", "pass"),
+            ("for source in draft.copies.values():\n            self.pool.release(source)", "pass"),
+        ],
+    ),
+    "a preempted sequence keeps its copy": (scheduler, [("source = draft.copies.pop(target, None)", "source = None")]),
+    "a preempted sequence keeps its entry": (
+        scheduler,
+        [("draft.entries.pop(victim, None)", "draft.entries.get(victim)")],
+    ),
+    "a preempted sequence counts as computed": (scheduler, [("        seq.num_computed = 0\n", "")]),
+    "a preempted sequence keeps its hashes": (scheduler, [("        seq.block_hashes = []\n", "")]),
+    "a whole sequence is taken from the cache": (
+        scheduler,
+        [("(len(seq.token_ids) - 1) // self.pool", "len(seq.token_ids) // self.pool")],
+    ),
+    "found blocks are not retained": (scheduler, [("for block in found:\n                pool.retain(block)", "pass")]),
+    "found blocks are counted as free": (scheduler, [("pool.num_free - revived - fresh", "pool.num_free - fresh")]),
+    "forks own nothing": (
+        scheduler,
+        [("for block in parent.block_table:\n            self.pool.retain(block)", "pass")],
+    ),
+    "forks share one table": (scheduler, [("parent.block_table.copy()", "parent.block_table")]),
+    "hashes ignore what came before": (scheduler, [("hashes[-1] if hashes else None", "None")]),
+    "blocks are registered before they are full": (
+        scheduler,
+        [("full = seq.num_computed // size", "full = len(seq.block_table)")],
+    ),
+    "the token budget is ignored": (scheduler, [("draft.tokens -= count", "pass")]),
+    "the batch size is ignored": (scheduler, [("draft.slots -= 1", "pass")]),
+    "the oldest is preempted": (scheduler, [("victim = self._running[-1]", "victim = self._running[0]")]),
+    "admission after preemption": (scheduler, [("if not draft.preempted:", "if True:")]),
+    "the watermark is kept when nothing runs": (
+        scheduler,
+        [("self.watermark if self._running else 0", "self.watermark")],
+    ),
+    "prefill before decode": (
+        scheduler,
+        [
+            ("if todo == 1:", "if todo > 1:"),
+            ("self._place(seq, 1, draft)", "self._place(seq, min(todo, draft.tokens), draft)"),
+        ],
+    ),
+    "finish forgets a block": (scheduler, [("reversed(seq.block_table)", "reversed(seq.block_table[1:])")]),
+    "evicted contents can still be found": (
+        blocks,
+        [("del self._block_of[self._hash_of.pop(block)]", "self._hash_of.pop(block)")],
+    ),
+    "a revived block can be evicted": (blocks, [("del self._cached[block]", "pass")]),
+    "a cached block is handed out as empty": (
+        blocks,
+        [("if block in self._hash_of:\n                self._cached", "if False:\n                self._cached")],
+    ),
+}
+
+
+def with_fault(name: str) -> tuple[type[BlockPool], type[Scheduler]]:
+    """Both classes, one of them made from its source with the fault in it."""
+    module, edits = FAULTS[name]
+    source = inspect.getsource(module)
+    for right, wrong in edits:
+        assert source.count(right) == 1, f"the code has changed, adapt the fault: {right!r}"
+        source = source.replace(right, wrong)
+    namespace: dict[str, Any] = {"__name__": module.__name__}
+    exec(compile(source, f"<{name}>", "exec"), namespace)
+    return namespace.get("BlockPool", BlockPool), namespace.get("Scheduler", Scheduler)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_noticed(name: str) -> None:
+    pool_type, scheduler_type = with_fault(name)
+    with pytest.raises((AssertionError, KeyError, IndexError, RuntimeError)):
+        for seed in range(4):
+            for load in ("tight", "beams", "tiny", "old prefills, young beams", "priorities", "whole pool"):
+                play(LOADS[load], seed, 150, pool_type, scheduler_type)
