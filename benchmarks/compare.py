@@ -47,7 +47,8 @@ def run_llmapi(model: str, cache: str, dtype: str) -> dict[str, Any]:
     from llmapi import LLM, SamplingParams
 
     start = time.perf_counter()
-    with LLM(model, cache_dir=cache, dtype=dtype, progress=False, enable_prefix_caching=False) as llm:
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "enable_prefix_caching": False, "progress": False}
+    with LLM(model, cache_dir=cache, dtype=dtype, **options) as llm:
         out: dict[str, Any] = {"load": time.perf_counter() - start}
         work = workloads(llm._prepared.spec.vocab_size)
 

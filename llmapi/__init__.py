@@ -1,7 +1,8 @@
-"""llmapi: run large language models on NVIDIA GPUs from one Python class.
+"""llmapi: run large language models from one Python class. Weights are fetched, converted, built and cached by it.
 
 >>> from llmapi import LLM, SamplingParams  # doctest: +SKIP
->>> LLM("HuggingFaceTB/SmolLM2-135M-Instruct").generate("The capital of France is").text  # doctest: +SKIP
+>>> llm = LLM("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
+>>> llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=2)).text  # doctest: +SKIP
 ' Paris.'
 """
 

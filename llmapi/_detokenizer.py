@@ -57,10 +57,8 @@ class Detokenizer:
         """Add one id; one at a time, so that the pieces do not depend on how many arrive together."""
         self._ids.append(token_id)
         window = self._decode(self._before, len(self._ids))
-        if len(self._ids) - self._read > _PATIENCE and window.endswith(_UNKNOWN):
-            return self._give_up(window)
         if len(window) <= len(self._context) or window.endswith(_UNKNOWN):
-            return ""
+            return self._give_up(window) if len(self._ids) - self._read > _PATIENCE else ""
         piece = window[len(self._context) :]
         self._before, self._read = self._read, len(self._ids)
         self._context = self._decode(self._before, self._read)

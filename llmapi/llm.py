@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import queue
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,8 +19,6 @@ from llmapi.outputs import CompletionOutput, RequestOutput
 from llmapi.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    import os
-
     from llmapi._build.report import BuildReport
     from llmapi._runtime.inputs import Prompt
     from llmapi._runtime.request import Request
@@ -67,13 +67,13 @@ class LLM:
 
     Example:
         >>> with LLM("HuggingFaceTB/SmolLM2-135M-Instruct") as llm:  # doctest: +SKIP
-        ...     print(llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=4)).text)
-         Paris. The capital
+        ...     print(llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=2)).text)
+         Paris.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | PathLike[str],
         *,
         tokenizer: Any = None,
         tokenizer_mode: str = "auto",
@@ -91,7 +91,7 @@ class LLM:
         kv_cache_config: KvCacheConfig | dict[str, Any] | None = None,
         enable_prefix_caching: bool = True,
         tensor_parallel_size: int = 1,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | PathLike[str] | None = None,
         hf_token: str | bool | None = None,
         refresh: bool = False,
         progress: bool = True,
@@ -114,7 +114,7 @@ class LLM:
         from llmapi._runtime.start import ModelOptions, load_engine, prepare
 
         options = ModelOptions(
-            model=model if isinstance(model, str) else str(model),
+            model=str(model) if isinstance(model, PathLike) else model,
             tokenizer=tokenizer,
             tokenizer_mode=tokenizer_mode,
             skip_tokenizer_init=skip_tokenizer_init,
@@ -123,7 +123,7 @@ class LLM:
             hf_token=hf_token,
             load_format=load_format,
             refresh=refresh,
-            cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
+            cache_dir=cache_dir,
             seed=seed,
             progress=progress,
         )
@@ -153,6 +153,7 @@ class LLM:
             max_seq_len=config.max_seq_len,
         )
         sampler = Sampler(prepared.spec.vocab_size, prepared.tokenizer)
+        self._refusals = itertools.count()
         self._loop = EngineLoop(engine, scheduler, sampler)
         self._maker = RequestMaker(
             tokenizer=prepared.tokenizer,
@@ -203,10 +204,9 @@ class LLM:
             ConfigError: the arguments do not fit together.
             EngineClosedError: after :meth:`close`.
         """
-        from llmapi._runtime.inputs import is_single, pair_params
+        from llmapi._runtime.inputs import listed, pair_params
 
-        single = is_single(prompts)
-        items = [prompts] if single else list(prompts)
+        items, single = listed(prompts)
         params = pair_params(len(items), sampling_params, SamplingParams())
         outputs = self._run([self._maker_for(p, s) for p, s in zip(items, params, strict=True)], items, use_tqdm)
         return outputs[0] if single else outputs
@@ -237,7 +237,7 @@ class LLM:
         from llmapi._runtime.inputs import pair_params
 
         tokenizer = self._need_tokenizer("chat()")
-        single = not messages or isinstance(messages[0], Mapping)
+        single = not isinstance(messages, (list, tuple)) or not messages or isinstance(messages[0], Mapping)
         talks: list[Any] = [messages] if single else list(messages)
         params = pair_params(len(talks), sampling_params, SamplingParams())
 
@@ -262,12 +262,14 @@ class LLM:
             >>> for output in llm.stream("Once upon a time"):  # doctest: +SKIP
             ...     print(output.text[-20:])
         """
+        from llmapi._runtime.inputs import pair_params
         from llmapi._runtime.results import OutputStream
 
-        stream = OutputStream()
-        request = self._maker.make(prompt, sampling_params or SamplingParams())
+        [params] = pair_params(1, sampling_params, SamplingParams())
+        request = self._maker.make(prompt, params)
+        stream = OutputStream(lambda: self._loop.abort(request.id))
         self._submit(request, stream.listen, streaming=True)
-        return stream.iterate(lambda: self._loop.abort(request.id))
+        return stream
 
     def generate_async(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> RequestFuture:
         """Start a request and return at once.
@@ -282,10 +284,12 @@ class LLM:
         Example:
             >>> output = await llm.generate_async("Hello")  # doctest: +SKIP
         """
+        from llmapi._runtime.inputs import pair_params
         from llmapi._runtime.results import RequestFuture
 
+        [params] = pair_params(1, sampling_params, SamplingParams())
         try:
-            request = self._maker.make(prompt, sampling_params or SamplingParams())
+            request = self._maker.make(prompt, params)
         except LLMAPIError as error:
             future = RequestFuture(None, lambda: None)
             future.refuse(error)
@@ -313,8 +317,14 @@ class LLM:
 
         Args:
             request_id: ``RequestOutput.request_id``, or several.
+
+        Raises:
+            RequestError: not the type of an id.
         """
-        for one in [request_id] if isinstance(request_id, str) else request_id:
+        ids = [request_id] if isinstance(request_id, str) or not isinstance(request_id, Iterable) else list(request_id)
+        if wrong := [one for one in ids if not isinstance(one, str)]:
+            raise RequestError(f"request_id={wrong[0]!r}: give the request_id of an output, or a list of them")
+        for one in ids:
             self._loop.abort(one)
 
     # ---- the rest
@@ -329,17 +339,19 @@ class LLM:
         """What the start did, phase by phase; a table in a notebook."""
         return self._prepared.report
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | PathLike[str]) -> None:
         """Write a self-contained engine; ``LLM(folder)`` starts from it with no hub, no source and no cache.
 
         Args:
             folder: a new or empty folder; it appears whole or not at all.
 
         Raises:
-            ConfigError: the folder exists and is not empty.
+            ConfigError: the folder exists and is not empty, or is no name of one.
         """
         from llmapi._build.saved import save_engine
 
+        if not isinstance(folder, (str, PathLike)):
+            raise ConfigError(f"folder={folder!r}: give the name of a new folder")
         p = self._prepared
         save_engine(
             Path(folder).expanduser(),
@@ -393,8 +405,8 @@ class LLM:
                 except LLMAPIError as error:
                     if len(makers) == 1:
                         raise
-                    ids.append(f"refused-{index}")
-                    outputs[ids[-1]] = _refused(prompts[index], error)
+                    ids.append(f"refused-{next(self._refusals)}")
+                    outputs[ids[-1]] = _refused(ids[-1], prompts[index], error)
                     continue
                 ids.append(request.id)
                 self._submit(request, finished.put, streaming=False)
@@ -415,9 +427,9 @@ def _close(loop: Any, builder: Any) -> None:
     builder.close()
 
 
-def _refused(prompt: object, error: LLMAPIError) -> RequestOutput:
+def _refused(request_id: str, prompt: object, error: LLMAPIError) -> RequestOutput:
     text = prompt if isinstance(prompt, str) else None
-    return RequestOutput("", text, [], [CompletionOutput(0, "", [], finish_reason="error")], True, error=error)
+    return RequestOutput(request_id, text, [], [CompletionOutput(0, "", [], finish_reason="error")], True, error=error)
 
 
 def _settle(outputs: list[RequestOutput]) -> list[RequestOutput]:

@@ -7,13 +7,18 @@ graph's text and everything that shapes the compiled step; no weight value, so t
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import llmapi
 from llmapi._build.key import Key, Part, canonical, source_digest, toolchain_parts
 from llmapi.config import EngineConfig
 from llmapi.models.spec import TransformerSpec
+
+if TYPE_CHECKING:
+    from llmapi._build.store_manifest import Manifest
 
 _PACKAGE = Path(llmapi.__file__).parent
 
@@ -82,6 +87,32 @@ def engine_key(spec: TransformerSpec, config: EngineConfig, graph_digest: str) -
             Part("target", "cpu"),
         ]
     )
+
+
+def misfit(manifest: Manifest) -> str | None:
+    """Why this machine cannot use an entry made on another, and what it would need; None where it can.
+
+    Only the compiled step depends on a machine. An entry made by another llmapi is harmless: no key will ask for it.
+
+    Args:
+        manifest: of the entry.
+    """
+    if manifest.kind != "engine":
+        return None
+    made = {part.name: part.value for part in manifest.key.parts}
+    for part in (*toolchain_parts(), Part("target", "cpu")):
+        if made.get(part.name) != part.value:
+            needs, here = _version(made.get(part.name)), _version(part.value)
+            return f"it needs {part.name} {needs}, and here is {here}; build it here from the weights instead"
+    return None
+
+
+def _version(value: str | None) -> str:
+    """The text of a part, without the details of a torch build where the version says enough."""
+    try:
+        return str(json.loads(value or "")["version"])
+    except (ValueError, KeyError, TypeError):
+        return value or "of no known version"
 
 
 def tokenizer_key(digest: str) -> Key:

@@ -47,6 +47,13 @@ class Recipe:
     config: EngineConfig
     dummy_seed: int | None = None
 
+    def origin(self) -> dict[str, object]:
+        """Where the weights come from, for their key; files whose digests are not remembered are hashed."""
+        if self.dummy_seed is not None:
+            return {"dummy": self.dummy_seed}
+        assert self.snapshot is not None
+        return {"files": sorted(self.snapshot.digests(self.snapshot.weight_files).values())}
+
 
 class Builder:
     """Builds artifacts through a store and keeps account in a report.
@@ -79,13 +86,13 @@ class Builder:
         if recipe.dummy_seed is None:
             with self._report.phase("digest") as phase, self._bar("fetch", sum(f.size for f in snapshot.weight_files)) as done:
                 before = snapshot.memory.hashed_bytes
-                origin: dict[str, object] = {"files": sorted(snapshot.digests(snapshot.weight_files).values())}
+                origin = recipe.origin()
                 done(sum(f.size for f in snapshot.weight_files))
                 phase.nbytes = snapshot.memory.hashed_bytes - before
                 phase.note = "hashed" if phase.nbytes else "remembered"
             self._report.hashed_bytes += phase.nbytes
         else:
-            origin = {"dummy": recipe.dummy_seed}
+            origin = recipe.origin()
 
         def build(staging: Staging) -> None:
             from llmapi._build.weights import converted, dummy, tensor_specs, write_weights

@@ -19,6 +19,7 @@ from llmapi.models.spec import TransformerSpec
 
 MARKER = "llmapi.json"
 _SCHEMA = 1
+_LIMITS = ("backend", "dtype", "max_seq_len", "max_batch_size", "max_num_tokens", "block_size")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def load_saved(path: Path) -> SavedEngine:
             path,
             data["model"],
             TransformerSpec.from_json(data["spec"]),
-            data["limits"],
+            {name: data["limits"][name] for name in _LIMITS},
             tuple(data["stop_token_ids"]),
             data["engine_digest"],
             data["graph_recipe"],
@@ -148,21 +149,12 @@ def save_engine(
             shutil.copyfile(engine / file, staging / "engine" / file)
         if tokenizer is not None:
             tokenizer.save(staging)
-        files = {
-            f.relative_to(staging).as_posix(): f.stat().st_size for f in sorted(staging.rglob("*")) if f.is_file()
-        }
+        files = {f.relative_to(staging).as_posix(): f.stat().st_size for f in sorted(staging.rglob("*")) if f.is_file()}
         data = {
             "schema": _SCHEMA,
             "model": model,
             "spec": spec.to_json(),
-            "limits": {
-                "backend": config.backend,
-                "dtype": config.dtype,
-                "max_seq_len": config.max_seq_len,
-                "max_batch_size": config.max_batch_size,
-                "max_num_tokens": config.max_num_tokens,
-                "block_size": config.block_size,
-            },
+            "limits": {name: getattr(config, name) for name in _LIMITS},
             "stop_token_ids": list(stop_token_ids),
             "engine_digest": engine_digest,
             "graph_recipe": graph_recipe_key(spec).digest,

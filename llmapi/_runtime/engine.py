@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llmapi._runtime.batch import StepBatch
@@ -42,7 +43,9 @@ class Engine(ABC):
         """Give back all memory. The engine cannot be used after; closing twice is closing once."""
 
 
-def num_kv_blocks(config: EngineConfig, spec: TransformerSpec, free_bytes: int, fraction: float) -> int:
+def num_kv_blocks(
+    config: EngineConfig, spec: TransformerSpec, free_bytes: Callable[[], int], fraction: float
+) -> int:
     """How many KV blocks to allocate.
 
     Never more than ``max_batch_size`` sequences of ``max_seq_len`` tokens can use.
@@ -50,7 +53,7 @@ def num_kv_blocks(config: EngineConfig, spec: TransformerSpec, free_bytes: int, 
     Args:
         config: the engine's limits.
         spec: the model.
-        free_bytes: memory that is free for the cache.
+        free_bytes: tells how much memory is free for the cache; asked only where the user named no size.
         fraction: share of it to take, where the user named no size.
 
     Raises:
@@ -65,9 +68,9 @@ def num_kv_blocks(config: EngineConfig, spec: TransformerSpec, free_bytes: int, 
     elif asked.memory_bytes is not None:
         blocks, origin = asked.memory_bytes // block_bytes, f"memory_bytes={asked.memory_bytes}"
     else:
-        share = asked.memory_fraction or fraction
-        blocks = min(int(free_bytes * share) // block_bytes, useful)
-        origin = f"{share:.0%} of {free_bytes / 2**30:.1f} GiB free memory"
+        share, free = asked.memory_fraction or fraction, free_bytes()
+        blocks = min(int(free * share) // block_bytes, useful)
+        origin = f"{share:.0%} of {free / 2**30:.1f} GiB free memory"
     if blocks < 1:
         raise ConfigError(
             f"the KV cache ({origin}) has no room for one block of {config.block_size} tokens, which takes "

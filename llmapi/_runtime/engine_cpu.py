@@ -17,7 +17,7 @@ from llmapi._kernels.plan import CpuPlan
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine import Engine, num_kv_blocks
 from llmapi.config import EngineConfig
-from llmapi.errors import BuildError, EngineClosedError
+from llmapi.errors import BuildError, ConfigError, EngineClosedError
 from llmapi.models.spec import TransformerSpec
 
 DEFAULT_KV_FRACTION = 0.25
@@ -36,7 +36,6 @@ class CpuEngine(Engine):
         constants: the graph's small tables by name.
         spec: the model.
         config: limits and types.
-        free_bytes: host memory that is free; None asks the system.
 
     Raises:
         ConfigError: the KV cache does not fit.
@@ -50,12 +49,9 @@ class CpuEngine(Engine):
         constants: Mapping[str, torch.Tensor],
         spec: TransformerSpec,
         config: EngineConfig,
-        *,
-        free_bytes: int | None = None,
     ) -> None:
         self.spec, self.config = spec, config
-        free = available_memory() if free_bytes is None else free_bytes
-        self.num_blocks = num_kv_blocks(config, spec, free, DEFAULT_KV_FRACTION)
+        self.num_blocks = num_kv_blocks(config, spec, available_memory, DEFAULT_KV_FRACTION)
         shape = (self.num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim)
         dtype = getattr(torch, config.kv_dtype)
         names = [f"{kind}_cache.{layer}" for layer in range(spec.num_layers) for kind in "kv"]
@@ -98,11 +94,16 @@ class CpuEngine(Engine):
 
 
 def available_memory() -> int:
-    """Bytes of host memory that can be taken without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    """Bytes of host memory that can be taken without swapping.
+
+    Raises:
+        ConfigError: the system does not tell.
+    """
+    table = Path("/proc/meminfo")
+    for line in table.read_text().splitlines() if table.exists() else ():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo names no MemAvailable: give kv_cache_config a max_tokens or memory_bytes")
+    raise ConfigError("this system does not tell how much memory is free: give kv_cache_config a max_tokens")
 
 
 def _step_tensors(batch: StepBatch) -> dict[str, torch.Tensor]:

@@ -67,6 +67,11 @@ class Job:
         """Whether the prompt's logits are still wanted."""
         return self.request.params.needs_prompt_logits and self.prompt_rows < len(self.request.prompt_token_ids)
 
+    def start(self) -> None:
+        """Note that a step is about to run some of its tokens; only the first time counts."""
+        if self.request.metrics.queue_time is None:
+            self.request.metrics.queue_time = self.elapsed()
+
     def elapsed(self) -> float:
         """Seconds since the request arrived."""
         return time.perf_counter() - self._started

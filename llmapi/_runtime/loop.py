@@ -103,6 +103,8 @@ class EngineLoop:
         plan = self._scheduler.schedule()
         if plan is None:
             return
+        for entry in plan.entries:
+            self._jobs[entry.seq.request].start()
         batch = build_batch(plan, self._engine.config.block_size, self._prompt_rows_done)
         logits = self._engine.step(batch)
         self._commit(plan, batch, logits)
@@ -130,8 +132,6 @@ class EngineLoop:
         first = 0
         for entry, count in zip(plan.entries, batch.logits_rows, strict=True):
             job = self._jobs[entry.seq.request]
-            if job.request.metrics.queue_time is None:
-                job.request.metrics.queue_time = job.elapsed()
             if job.wants_prompt:
                 self._keep_prompt_rows(job, entry, logits[first : first + count])
             if entry.produces_logits:

@@ -100,7 +100,7 @@ def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
     store = Store(root)
     builder = Builder(store, report, progress=options.progress)
     try:
-        folder = _saved_folder(options.model)
+        folder = saved_folder(options.model)
         if folder is not None:
             return _from_saved(load_saved(folder), options, engine, builder, report)
         return _from_source(options, engine, builder, report, DigestMemory(root / "digests"))
@@ -109,7 +109,8 @@ def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
         raise
 
 
-def _saved_folder(model: str) -> Path | None:
+def saved_folder(model: str) -> Path | None:
+    """The folder of a saved engine, where ``model`` names one."""
     try:
         folder = Path(model).expanduser()
         return folder if is_saved(folder) else None
@@ -121,21 +122,8 @@ def _from_source(
     options: ModelOptions, engine: EngineOptions, builder: Builder, report: BuildReport, digests: DigestMemory
 ) -> Prepared:
     with report.phase("fetch"):
-        snapshot = resolve_source(
-            options.model,
-            revision=options.revision,
-            token=options.hf_token,
-            load_format=options.load_format,
-            trust_remote_code=options.trust_remote_code,
-            refresh=options.refresh,
-            digests=digests,
-            progress=options.progress,
-        )
-        config_json = read_config(snapshot)
-    spec = spec_of(config_json)
-    config = resolve(engine, spec)
-    dummy_seed = (options.seed or 0) if options.load_format == "dummy" else None
-    recipe = Recipe(snapshot, family_of(config_json), spec, config, dummy_seed)
+        snapshot, config_json, recipe = find_recipe(options, engine, digests)
+    spec, config = recipe.spec, recipe.config
     tokenizer = _tokenizer(options, snapshot, builder, report, digests)
     weights = builder.weights(recipe)
     compiled = builder.engine(recipe, snapshot.model)
@@ -144,15 +132,60 @@ def _from_source(
     return Prepared(spec, config, tokenizer, stops, weights, compiled, builder, report)
 
 
-def _from_saved(
-    saved: SavedEngine, options: ModelOptions, engine: EngineOptions, builder: Builder, report: BuildReport
-) -> Prepared:
+def find_recipe(
+    options: ModelOptions, engine: EngineOptions, digests: DigestMemory
+) -> tuple[Snapshot, dict[str, Any], Recipe]:
+    """Find the model's files, fetching what is not here; the files, the configuration, and what to build of them.
+
+    Args:
+        options: which model.
+        engine: how it is to run.
+        digests: memory for the digests of its files.
+    """
+    snapshot = resolve_source(
+        options.model,
+        revision=options.revision,
+        token=options.hf_token,
+        load_format=options.load_format,
+        trust_remote_code=options.trust_remote_code,
+        refresh=options.refresh,
+        digests=digests,
+        progress=options.progress,
+    )
+    config_json = read_config(snapshot)
+    spec = spec_of(config_json)
+    dummy_seed = (options.seed or 0) if options.load_format == "dummy" else None
+    recipe = Recipe(snapshot, family_of(config_json), spec, resolve(engine, spec), dummy_seed)
+    return snapshot, config_json, recipe
+
+
+def saved_config(saved: SavedEngine, options: ModelOptions, engine: EngineOptions) -> EngineConfig:
+    """The configuration of a saved engine, with its own limits where no others were asked for.
+
+    Args:
+        saved: the engine.
+        options: which model; what a saved engine cannot follow is refused.
+        engine: how it is to run.
+    """
+    for name, default in (("load_format", "auto"), ("revision", None)):
+        if getattr(options, name) != default:
+            raise ConfigError(
+                f"{name}={getattr(options, name)!r}, but {saved.path} is a saved engine, which holds its weights: "
+                f"leave {name} out, or make the engine from {saved.model} again"
+            )
     config = resolve(saved.defaults(engine), saved.spec)
     if config.dtype != saved.limits["dtype"]:
         raise ConfigError(
             f"dtype={config.dtype!r}, but the engine in {saved.path} was saved as {saved.limits['dtype']!r}: leave "
             f"dtype out, or make the engine from {saved.model} again"
         )
+    return config
+
+
+def _from_saved(
+    saved: SavedEngine, options: ModelOptions, engine: EngineOptions, builder: Builder, report: BuildReport
+) -> Prepared:
+    config = saved_config(saved, options, engine)
     tokenizer = None
     if not options.skip_tokenizer_init and (saved.has_tokenizer or options.tokenizer is not None):
         with report.phase("tokenizer"):

@@ -31,7 +31,7 @@ def config(**kv: object) -> EngineConfig:
 
 
 def blocks(free: int = 1 << 30, fraction: float = 0.5, **kv: object) -> int:
-    return num_kv_blocks(config(**kv), SPEC, free, fraction)
+    return num_kv_blocks(config(**kv), SPEC, lambda: free, fraction)
 
 
 def engine(tmp_path: Path, graph: Graph | None = None) -> CpuEngine:

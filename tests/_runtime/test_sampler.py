@@ -201,6 +201,20 @@ def test_top_p_among_equals_takes_the_lowest_ids(vocab: int) -> None:
     assert kept(x, top_p=0.9)[0].nonzero().flatten().tolist() == [5]
 
 
+def test_top_p_border_is_exact() -> None:
+    x = torch.zeros(1, 600)
+    x[0, [3, 9, 20, 500]] = 9.0
+    for p, left in [(0.25, [3]), (0.5, [3, 9]), (0.501, [3, 9, 20]), (0.75, [3, 9, 20])]:
+        assert kept(x, top_k=4, top_p=p)[0].nonzero().flatten().tolist() == left
+
+
+def test_top_p_border_in_a_tie_beyond_the_candidates() -> None:
+    equals = torch.randperm(4000, generator=torch.Generator().manual_seed(0))[:100].sort().values
+    x = torch.full((1, 4000), -60.0)
+    x[0, equals] = 1.0
+    assert torch.equal(kept(x, top_p=0.295)[0].nonzero().flatten(), equals[:30])
+
+
 def test_top_p_keeps_one() -> None:
     assert kept(noise(3, 500), top_p=1e-6).sum(1).tolist() == [1, 1, 1]
 
@@ -371,7 +385,7 @@ def test_penalties_follow_a_growing_sequence() -> None:
     rows = [row(repetition_penalty=1.2, seed=i, presence_penalty=0.3) for i in range(200)]
     for step in range(4):
         for r in rows:
-            r.sequence.token_ids += rng.integers(0, 300, 150 if step == 2 else 3).tolist()
+            r.sequence.token_ids += rng.integers(0, 300, 400 if step == 2 else 3).tolist()
         x = noise(200, 300, seed=step)
         y = x.clone()
         penalties.apply(y, [r.sequence for r in rows])
@@ -512,6 +526,20 @@ def test_processors_may_be_objects_and_partials() -> None:
     x = noise(1, 10)
     assert one(x, row(temperature=0, logits_processors=[Method()])).token_ids == [4]
     assert one(x, row(temperature=0, logits_processors=[Method(), partial(boost, 6)])).token_ids == [6]
+
+
+def test_processors_may_keep_what_they_were_given() -> None:
+    given: list[torch.Tensor] = []
+
+    def keep(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        given.append(logits)
+        return logits
+
+    x = noise(1, 10)
+    with torch.inference_mode():
+        one(x, row(logits_processors=[keep], logit_bias={1: 5.0}))
+    assert torch.equal(given[0], x[0])
+    given[0] += 1  # the user's own, not an inference tensor
 
 
 def boom(output: list[int], logits: torch.Tensor) -> torch.Tensor:

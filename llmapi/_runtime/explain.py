@@ -1,0 +1,121 @@
+"""Explain: what a start would find in the cache, without fetching weights or building anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from llmapi import _env
+from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, weights_key
+from llmapi._build.key import Key, PartDiff
+from llmapi._build.pipeline import Recipe
+from llmapi._build.saved import SavedEngine, load_saved
+from llmapi._build.store import EntryInfo, Manifest, Store
+from llmapi._digests import DigestMemory
+from llmapi._runtime.start import ModelOptions, find_recipe, saved_config, saved_folder
+from llmapi._source import Snapshot, listing, needed, no_model, source_files
+from llmapi.config import EngineOptions, KvCacheConfig
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a start would find of one artifact.
+
+    Attributes:
+        kind: tokenizer, weights or engine.
+        key: of the artifact; None where it cannot be known yet, ``note`` says why.
+        found: whether it is there.
+        entry: the cache's entry; None for a miss, and for what a saved engine holds itself.
+        nearest: for a miss, the entry with the fewest parts that differ, and the differences from it.
+        note: what else there is to say.
+    """
+
+    kind: str
+    key: Key | None
+    found: bool = False
+    entry: EntryInfo | None = None
+    nearest: tuple[Manifest, list[PartDiff]] | None = None
+    note: str = ""
+
+
+def explain(model: str, **arguments: Any) -> list[Finding]:
+    """What a start would find, one finding for each artifact, in the order in which it would ask.
+
+    A model on the hub whose configuration is not on this machine is asked for that, but not for its weights.
+
+    Args:
+        model: as for :class:`llmapi.LLM`.
+        arguments: of :class:`llmapi.LLM`.
+
+    Raises:
+        LLMAPIError: the model cannot be found, or cannot be built with these arguments.
+    """
+    options, engine = _split(model, arguments)
+    root = Path(options.cache_dir).expanduser() if options.cache_dir is not None else _env.cache_dir()
+    store = Store(root)
+    folder = saved_folder(options.model)
+    if folder is not None:
+        saved = load_saved(folder)
+        held = Finding("weights", None, found=True, note="part of the saved engine")
+        recipe = Recipe(None, None, saved.spec, saved_config(saved, options, engine))
+        return [held, _engine(store, recipe, saved)]
+    digests = DigestMemory(root / "digests")
+    snapshot, _, recipe = find_recipe(replace(options, load_format="dummy"), engine, digests)
+    if options.load_format != "dummy":
+        if snapshot.kind == "folder":
+            snapshot, _, recipe = find_recipe(options, engine, digests)
+        files = _with_weights(snapshot, options) if snapshot.kind == "hub" else snapshot
+        recipe = replace(recipe, snapshot=files, dummy_seed=None)
+    findings = [_weights(store, recipe), _engine(store, recipe)]
+    if snapshot.kind == "gguf" and not options.skip_tokenizer_init and options.tokenizer is None:
+        (digest,) = snapshot.digests().values()
+        findings.insert(0, _look(store, "tokenizer", tokenizer_key(digest)))
+    return findings
+
+
+def _split(model: str, arguments: Mapping[str, Any]) -> tuple[ModelOptions, EngineOptions]:
+    """The arguments of LLM as options of the model and of the engine."""
+    names = {f.name for f in fields(EngineOptions)}
+    engine = {name: value for name, value in arguments.items() if name in names}
+    rest = {name: value for name, value in arguments.items() if name not in names and name != "kv_cache_config"}
+    kv_cache = KvCacheConfig.of(arguments.get("kv_cache_config"))
+    return ModelOptions(model, **rest), EngineOptions(kv_cache=kv_cache, **engine)
+
+
+def _with_weights(snapshot: Snapshot, options: ModelOptions) -> Snapshot | None:
+    """The snapshot of a hub model with its weights; None where they are not all on this machine."""
+    here = listing(snapshot.path)
+    wanted = needed(here, snapshot.path, dummy=False, trust_remote_code=options.trust_remote_code)
+    if no_model(options.model, here, dummy=False) is not None or not set(wanted) <= set(here):
+        return None
+    return replace(snapshot, files=source_files(snapshot.path, wanted))
+
+
+def _weights(store: Store, recipe: Recipe) -> Finding:
+    if recipe.snapshot is None:
+        return Finding("weights", None, note="the model's weights are not on this machine; a start downloads them")
+    return _look(store, "weights", weights_key(recipe.spec, recipe.config, recipe.origin()))
+
+
+def _engine(store: Store, recipe: Recipe, saved: SavedEngine | None = None) -> Finding:
+    how = graph_recipe_key(recipe.spec)
+    if saved is not None and saved.graph_recipe == how.digest:
+        key = engine_key(recipe.spec, recipe.config, saved.graph_digest)
+        if key.digest == saved.engine_digest:
+            return Finding("engine", key, found=True, note="part of the saved engine")
+        return _look(store, "engine", key)
+    known = store.memo_get("graph", how)
+    if known is not None:
+        return _look(store, "engine", engine_key(recipe.spec, recipe.config, str(known["digest"])))
+    near = store.nearest("engine", engine_key(recipe.spec, recipe.config, "not exported yet"))
+    note = "a start has to export the graph first: the architecture, llmapi's sources or torch are new to this cache"
+    return Finding("engine", None, nearest=near, note=note)
+
+
+def _look(store: Store, kind: str, key: Key) -> Finding:
+    entry = next((e for e in store.entries() if (e.kind, e.digest) == (kind, key.digest)), None)
+    if entry is not None:
+        return Finding(kind, key, found=True, entry=entry)
+    return Finding(kind, key, nearest=store.nearest(kind, key))

@@ -1,0 +1,89 @@
+"""Independent truth: the same checkpoint run by transformers in float32."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from llmapi import LLM
+from tests.tiny import VOCAB
+
+FIRST_PLAIN = 5  # ids below are special
+
+
+class Truth:
+    """A checkpoint in transformers.
+
+    Args:
+        folder: the checkpoint.
+        load: arguments of ``from_pretrained``.
+    """
+
+    def __init__(self, folder: Path, **load: Any) -> None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **load)
+        self.model = model.eval()
+        self._seen: dict[Any, list[int]] = {}
+
+    def greedy(self, ids: Sequence[int], count: int, eos: int | list[int] | None = None, **options: Any) -> list[int]:
+        """What greedy ``generate`` appends to ``ids``; ``eos=None`` never ends early."""
+        key = (tuple(ids), count, str(eos), str(options))
+        if key not in self._seen:
+            given = torch.tensor([list(ids)])
+            config = transformers.GenerationConfig(
+                do_sample=False, max_new_tokens=count, eos_token_id=eos, pad_token_id=0, bos_token_id=0, **options
+            )
+            with torch.no_grad():
+                self.model.generation_config = config
+                out = self.model.generate(given, attention_mask=torch.ones_like(given))
+            self._seen[key] = out[0, len(ids) :].tolist()
+        return self._seen[key]
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """``[len(ids), V]``: row ``t`` predicts token ``t + 1``."""
+        return self.model(torch.tensor([list(ids)])).logits[0].float()
+
+    def logprobs(self, ids: Sequence[int]) -> torch.Tensor:
+        """Log-softmax of :meth:`logits` in float64."""
+        return self.logits(ids).double().log_softmax(-1)
+
+
+def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Random prompts without special tokens."""
+    rng = random.Random(seed)
+    return [[rng.randrange(FIRST_PLAIN, VOCAB) for _ in range(length)] for length in lengths]
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for a condition; fail when it does not come true in time."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "it did not come true in time"
+        time.sleep(0.002)
+
+
+def idle(llm: LLM) -> bool:
+    """Whether nothing runs and every KV block is free, with the pool's own account in order."""
+    pool = llm._loop._scheduler.pool
+    if llm._loop._jobs or llm._loop._scheduler.has_work or pool.num_free != pool.num_blocks:
+        return False
+    pool.check([])
+    return True
+
+
+def forced(ids: Sequence[int]) -> Callable[[list[int], torch.Tensor], torch.Tensor]:
+    """A logits processor that makes the model say ``ids``, and then id 1."""
+
+    def force(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        wanted = ids[len(output)] if len(output) < len(ids) else 1
+        only = torch.full_like(logits, -torch.inf)
+        only[wanted] = 0.0
+        return only
+
+    return force
