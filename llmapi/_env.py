@@ -3,7 +3,7 @@
 | variable | meaning | default |
 |---|---|---|
 | ``LLMAPI_CACHE_DIR`` | root of the build cache | the user cache folder of the platform |
-| ``LLMAPI_CACHE_BYTES`` | size budget of the build cache, in bytes | a fifth of the disk, at least 50 GB where it allows |
+| ``LLMAPI_CACHE_BYTES`` | size budget of the build cache, in bytes | a fifth of the disk, 50 GB at least |
 | ``LLMAPI_PROGRESS`` | ``0`` hides every progress bar | ``1`` |
 
 ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and ``HF_ENDPOINT`` are read by ``huggingface_hub``.

@@ -128,8 +128,13 @@ def _walk(name: str, value: object) -> Iterator[tuple[str, str]]:
 def _pair(before: str | None, after: str | None) -> str:
     if before is None or after is None:
         return f"{_short(before, 0)} -> {_short(after, 0)}"
-    differs = (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
-    same = next(differs, min(len(before), len(after)))
+    same, end = 0, min(len(before), len(after))
+    while same < end:  # the length of what they share at the start, by halving: texts may be long
+        middle = (same + end + 1) // 2
+        if before.startswith(after[:middle]):
+            same = middle
+        else:
+            end = middle - 1
     start = max(0, same - 12) if max(len(before), len(after)) > 60 and same > 24 else 0
     return f"{_short(before, start)} -> {_short(after, start)}"
 

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -39,12 +40,21 @@ class HashingFile(io.BufferedIOBase):
         self._size = 0
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._file = os.fdopen(fd, "wb", _BUFFER)
+        self._hasher: ThreadPoolExecutor | None = None
 
     def write(self, data: Buffer, /) -> int:
         """Append ``data`` (any object with a buffer) and return its size in bytes."""
         view = memoryview(data).cast("B")
-        self._file.write(view)
-        self._hash.update(view)
+        if len(view) < _BUFFER:
+            self._file.write(view)
+            self._hash.update(view)
+        else:  # hash while the disk is busy: both let other threads run
+            self._hasher = self._hasher or ThreadPoolExecutor(1)
+            hashed = self._hasher.submit(self._hash.update, view)
+            try:
+                self._file.write(view)
+            finally:
+                hashed.result()
         self._size += len(view)
         return len(view)
 
@@ -68,6 +78,8 @@ class HashingFile(io.BufferedIOBase):
         """Make the file durable and note its digest; harmless when repeated."""
         if self.closed:
             return
+        if self._hasher is not None:
+            self._hasher.shutdown()
         if self._file.closed:  # the builder failed, and its folder is gone
             super().close()
             return
@@ -196,6 +208,7 @@ class Staging:
         for file in self._open:
             with contextlib.suppress(OSError):
                 file._file.close()
+                file.close()
         try:
             _ = self.written
             store_disk.remove_tree(self.path)

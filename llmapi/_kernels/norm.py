@@ -6,6 +6,7 @@ RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467. LayerNorm: Ba et al. 2016, a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,13 @@ def _rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     if x.dtype != torch.float32:
         return rms_norm(x, weight, eps)
     norm = torch.linalg.vector_norm(x, 2, -1, True)
-    scale: torch.Tensor = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+    scale = torch.addcmul(_scalar(eps), norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
     return (x * scale).mul_(weight)
+
+
+@cache
+def _scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value)
 
 
 def _add_rms_norm_cpu(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from llmapi._kernels.op import Op, Sample
-from llmapi._kernels.plan import CpuPlan
+from llmapi._kernels.plan import CpuPlan, Span
 
 
 def paged_attention(
@@ -97,32 +97,45 @@ def _cpu(
         )
     tokens, heads, head_dim = q.shape
     kv_heads = k_cache.shape[2]
-    group = heads // kv_heads
     # Grouped queries as [K, group, ...]: a key head is read once for its whole group.
-    grouped = q.view(tokens, kv_heads, group, head_dim)
-    out = torch.empty((tokens, kv_heads, group, head_dim), dtype=q.dtype)
-    flat = [c.view(-1, kv_heads, head_dim) for c in (k_cache, v_cache)]
-    for span in plan.spans:
-        count, length = span.stop - span.start, span.length
-        if span.blocks is None:
-            rows = slice(span.first_slot, span.first_slot + length)
-            k, v = flat[0][rows], flat[1][rows]
-        else:
-            k, v = (c.index_select(0, span.blocks).view(-1, kv_heads, head_dim)[:length] for c in (k_cache, v_cache))
-        if count == 1:
-            if window and length > window:
-                k, v = k[length - window :], v[length - window :]
-            one = grouped[span.start : span.stop]
-            result = F.scaled_dot_product_attention(one, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale)
-            out[span.start : span.stop] = result
-            continue
-        queries = grouped[span.start : span.stop].permute(1, 2, 0, 3)
-        k, v = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
-        causal = count == length and not (window and length > window)
-        mask = None if causal else plan.mask(count, length, window)
-        result = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-        out[span.start : span.stop] = result.permute(2, 0, 1, 3)
-    return out.view(tokens, heads, head_dim)
+    grouped = q.view(tokens, kv_heads, heads // kv_heads, head_dim)
+    outs = [_attend(grouped, k_cache, v_cache, span, plan, scale, window) for span in plan.spans]
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).reshape(tokens, heads, head_dim)
+
+
+def _attend(
+    grouped: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    span: Span,
+    plan: CpuPlan,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """``[count, K, group, D]`` of one sequence."""
+    count, length = span.stop - span.start, span.length
+    queries = grouped if count == len(grouped) else grouped[span.start : span.stop]
+    first = max(0, length - window) if window and count == 1 else 0  # a single query sees its window and no more
+    k, v = (_keys(cache, span, first) for cache in (k_cache, v_cache))
+    if count == 1:
+        return F.scaled_dot_product_attention(queries, k, v, scale=scale)
+    causal = count == length and not (window and length > window)
+    mask = None if causal else plan.mask(count, length, window)
+    k, v = (x[0].unsqueeze(1).expand(-1, queries.shape[2], -1, -1) for x in (k, v))
+    out = F.scaled_dot_product_attention(
+        queries.permute(1, 2, 0, 3), k, v, attn_mask=mask, is_causal=causal, scale=scale
+    )
+    return out.permute(2, 0, 1, 3)
+
+
+def _keys(cache: torch.Tensor, span: Span, first: int) -> torch.Tensor:
+    """``[1, K, length - first, D]`` of one sequence from token ``first`` on: a view where its blocks lie in a row."""
+    kv_heads, head_dim = cache.shape[2:]
+    row = kv_heads * head_dim
+    size, stride = (1, kv_heads, span.length - first, head_dim), (0, head_dim, row, 1)
+    if span.blocks is None:
+        return torch.as_strided(cache, size, stride, (span.first_slot + first) * row)
+    return torch.as_strided(cache.index_select(0, span.blocks), size, stride, first * row)
 
 
 def _samples(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:

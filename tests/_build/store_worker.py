@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from llmapi._build import store_lock
 from llmapi._build.key import Key
 from llmapi._build.store import Store
 from llmapi.errors import CacheError
@@ -103,6 +104,20 @@ def act_build_together(root: str, n: int, me: int, marks: str, others: int, die:
     with store.build("engine", make_key(n), "tiny", builder, on_wait=lambda s: waits.touch()) as entry:
         check(entry, n)
     return {"built": built, "report": [store.snapshot().builds, store.snapshot().waits]}
+
+
+def act_orphan(path: str) -> dict:
+    """Take a lock, start a child without exec, and die; the child lives on until standard input ends."""
+    lock = store_lock.try_lock(Path(path))
+    assert lock is not None
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, b"x")
+        sys.stdin.read()
+        os._exit(0)
+    os.read(read, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
 
 
 def act_hold(root: str, n: int) -> dict:

@@ -184,6 +184,29 @@ def test_ctrl_c_ends_a_wait(root):
     assert leftovers(root) == []
 
 
+def test_a_child_that_outlives_a_builder_does_not_keep_its_lock(tmp_path):
+    process = start("orphan", path=tmp_path / "x.lock")
+    assert process.wait(timeout=LIMIT) == -signal.SIGKILL
+    with store_lock.try_lock(tmp_path / "x.lock") as lock:
+        assert lock is not None
+    process.stdin.close()  # now the child may go
+    process.stdin = None
+    process.communicate(timeout=LIMIT)
+
+
+def test_a_lock_held_for_a_moment_is_waited_out(root, monkeypatch):
+    path = build(root, 1)
+    real, refusals = store_lock.try_lock, []
+
+    def busy_twice(lock_path):
+        refusals.append(lock_path)
+        return None if len(refusals) <= 2 else real(lock_path)
+
+    monkeypatch.setattr(store_lock, "try_lock", busy_twice)
+    Store(root).remove(path.name)
+    assert not path.exists() and len(refusals) > 2
+
+
 def test_sweepers_disturb_nobody(root):
     """A sweeper holds every lock it finds for a moment; nobody may take that for a broken disk or for use."""
     build(root, 0)
@@ -198,7 +221,7 @@ def test_sweepers_disturb_nobody(root):
     for t in sweepers:
         t.start()
     try:
-        for n in range(1, 60):
+        for n in range(1, 25):
             store = Store(root, budget_bytes=10**9)
             store.build("engine", make_key(n), "tiny", builder_of(n)).close()
             store.memo_put("fact", make_key(n), {"n": n})

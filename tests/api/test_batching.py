@@ -85,6 +85,13 @@ def test_a_shared_prefix_is_computed_once(checkpoint: Path, cache: Path, truth: 
             assert (plain.num_cached_tokens, plain.outputs[0].token_ids) == (0, first.outputs[0].token_ids)
 
 
+def test_a_block_is_found_only_behind_its_own_prefix(llm: LLM, truth: Truth) -> None:
+    a, b, c, d, tail = prompts_of([8, 8, 8, 8, 3], seed=42)
+    for prompt, cached in ((a + b, 0), (c + d, 0), (a + d + tail, 8), (c + b + tail, 8), (a + b + tail, 16)):
+        output = llm.generate(prompt, greedy(8))
+        assert (output.num_cached_tokens, output.outputs[0].token_ids) == (cached, truth.greedy(prompt, 8))
+
+
 def test_prefixes_in_one_batch_are_shared(llm: LLM, truth: Truth) -> None:
     [head, *tails] = prompts_of([64, 1, 4, 9, 17, 30], seed=33)
     llm.generate([*head, 5], greedy(1))
