@@ -103,7 +103,7 @@ class Talk:
         if word == "/exit":
             return False
         if word == "/reset":
-            pass
+            self._history.clear()
             self._note("(the conversation is forgotten)")
         elif word == "/system":
             self._system = rest.strip() or None
