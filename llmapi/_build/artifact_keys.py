@@ -18,7 +18,7 @@ from llmapi.config import EngineConfig
 from llmapi.models.spec import TransformerSpec
 
 if TYPE_CHECKING:
-    from llmapi._build.store_manifest import Manifest
+    from llmapi._build.store.manifest import Manifest
 
 _PACKAGE = Path(llmapi.__file__).parent
 

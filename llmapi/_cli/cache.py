@@ -159,7 +159,7 @@ def _store(args: Namespace) -> Store:
 
 
 def _size(size: int) -> str:
-    from llmapi._build.store_disk import size_text
+    from llmapi._build.store.disk import size_text
 
     return size_text(size)
 

@@ -131,7 +131,7 @@ def gpus() -> list[Check]:
 
 def cache(root: Path) -> list[Check]:
     """Whether builds can be kept in ``root``. What does not exist is not made."""
-    from llmapi._build import store_lock
+    from llmapi._build.store import lock as store_lock
 
     elsewhere = "point LLMAPI_CACHE_DIR, or --cache-dir, to a folder you may write"
     place = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
@@ -296,6 +296,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _size(size: int) -> str:
-    from llmapi._build.store_disk import size_text
+    from llmapi._build.store.disk import size_text
 
     return size_text(size)

@@ -68,7 +68,7 @@ def summary() -> str:
     """The machine in one line, for measurements."""
     import torch
 
-    from llmapi._build.store_disk import size_text
+    from llmapi._build.store.disk import size_text
 
     held = memory()
     parts = [

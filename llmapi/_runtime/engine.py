@@ -43,9 +43,7 @@ class Engine(ABC):
         """Give back all memory. The engine cannot be used after; closing twice is closing once."""
 
 
-def num_kv_blocks(
-    config: EngineConfig, spec: TransformerSpec, free_bytes: Callable[[], int], fraction: float
-) -> int:
+def num_kv_blocks(config: EngineConfig, spec: TransformerSpec, free_bytes: Callable[[], int], fraction: float) -> int:
     """How many KV blocks to allocate.
 
     Never more than ``max_batch_size`` sequences of ``max_seq_len`` tokens can use.

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from llmapi._build import store_lock
+from llmapi._build.store import lock as store_lock
 from llmapi._build.key import Key
 from llmapi._build.store import Store
 from llmapi.errors import CacheError

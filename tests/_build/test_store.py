@@ -11,10 +11,10 @@ import time
 import pytest
 
 from llmapi import _env
-from llmapi._build import store_evict, store_lock, store_manifest
+from llmapi._build.store import evict as store_evict, lock as store_lock, manifest as store_manifest
 from llmapi._build.key import Key
 from llmapi._build.store import Store
-from llmapi._build.store_disk import check_name
+from llmapi._build.store.disk import check_name
 from llmapi.errors import CacheError, ConfigError
 
 
@@ -327,7 +327,7 @@ def test_need_makes_room_or_refuses(store, monkeypatch):
     for n in range(3):
         put(store, n)
     monkeypatch.setattr(
-        "llmapi._build.store_disk.free_bytes", lambda path: 500 + 1000 * (3 - len(store.entries()))
+        "llmapi._build.store.disk.free_bytes", lambda path: 500 + 1000 * (3 - len(store.entries()))
     )  # a disk of 3500 bytes
     store.build("engine", key(7), "", lambda s: (s.need(1500), s.write("a", b"1"))).close()
     assert [e.manifest.key for e in store.entries()] == [key(1), key(2), key(7)]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from llmapi._build import store_disk, store_lock, store_manifest, store_memo, store_staging, store_use
+from llmapi._build.store import disk as store_disk, lock as store_lock, manifest as store_manifest, memo as store_memo, staging as store_staging, use as store_use
 from llmapi._build.store import Store
-from llmapi._build.store_disk import Layout
+from llmapi._build.store.disk import Layout
 from llmapi.errors import CacheError
 
 HERE = Path(__file__).resolve().parent
@@ -411,7 +411,7 @@ def test_damage_found_by_two_at_once_spares_the_new_entry(root):
 
     store = Store(root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmapi._build.store_open.store_lock.try_briefly", rebuild_first)
+        patch.setattr("llmapi._build.store.open.store_lock.try_briefly", rebuild_first)
         found = store.get("engine", make_key(1))
     check(found, 1)
     found.close()

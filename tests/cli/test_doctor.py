@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmapi._build import store_lock
+from llmapi._build.store import lock as store_lock
 from llmapi._cli import checks, machine
 from llmapi._cli.checks import Check
 from llmapi.errors import CacheError

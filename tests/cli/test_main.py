@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -43,9 +44,13 @@ def test_python_m(tmp_path: Path) -> None:
     assert not (tmp_path / "a b").exists()
 
 
-def test_a_reader_that_goes_away_is_no_error(cache: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_is_no_error(cache: Path, unbuffered: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "llmapi", "cache", "ls"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "llmapi", "cache", "ls"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
     )
     assert process.stdout and process.stderr
     process.stdout.close()

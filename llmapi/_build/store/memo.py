@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from llmapi._build import store_staging
+from llmapi._build.store import staging as store_staging
 from llmapi._build.key import Key
-from llmapi._build.store_disk import SCHEMA, Layout
-from llmapi._build.store_manifest import seal, unseal
+from llmapi._build.store.disk import SCHEMA, Layout
+from llmapi._build.store.manifest import seal, unseal
 from llmapi.errors import CacheError
 
 log = logging.getLogger(__name__)

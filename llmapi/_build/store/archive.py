@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from llmapi._build import store_disk, store_errors, store_staging
-from llmapi._build.store_disk import Layout, size_text
-from llmapi._build.store_entry import Entry
-from llmapi._build.store_manifest import MAX_BYTES, Manifest, seal, unseal
+from llmapi._build.store import disk as store_disk, errors as store_errors, staging as store_staging
+from llmapi._build.store.disk import Layout, size_text
+from llmapi._build.store.entry import Entry
+from llmapi._build.store.manifest import MAX_BYTES, Manifest, seal, unseal
 from llmapi.errors import CacheError
 
 _FORMAT = 1

@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 
-from llmapi._build import store_disk, store_lock, store_use
+from llmapi._build.store import disk as store_disk, lock as store_lock, use as store_use
 from llmapi._build.key import Key
-from llmapi._build.store_disk import Layout
-from llmapi._build.store_entry import Entry, dump_stamps
-from llmapi._build.store_evict import set_aside
-from llmapi._build.store_manifest import Manifest
-from llmapi._build.store_staging import Staging
+from llmapi._build.store.disk import Layout
+from llmapi._build.store.entry import Entry, dump_stamps
+from llmapi._build.store.evict import set_aside
+from llmapi._build.store.manifest import Manifest
+from llmapi._build.store.staging import Staging
 from llmapi.errors import CacheError
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from llmapi._build import store_disk, store_errors, store_lock
-from llmapi._build.store_disk import Layout, check_name
-from llmapi._build.store_manifest import FileRecord
+from llmapi._build.store import disk as store_disk, errors as store_errors, lock as store_lock
+from llmapi._build.store.disk import Layout, check_name
+from llmapi._build.store.manifest import FileRecord
 from llmapi.errors import CacheError
 
 if TYPE_CHECKING:

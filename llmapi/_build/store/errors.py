@@ -7,7 +7,7 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llmapi._build.store_disk import free_bytes, size_text
+from llmapi._build.store.disk import free_bytes, size_text
 from llmapi.errors import CacheError
 
 

@@ -13,10 +13,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmapi._build import store_disk, store_lock, store_staging, store_use
-from llmapi._build.store_disk import RESERVED_FILES, Layout, files_below, new_id
-from llmapi._build.store_entry import name_of
-from llmapi._build.store_manifest import Manifest
+from llmapi._build.store import disk as store_disk, lock as store_lock, staging as store_staging, use as store_use
+from llmapi._build.store.disk import RESERVED_FILES, Layout, files_below, new_id
+from llmapi._build.store.entry import name_of
+from llmapi._build.store.manifest import Manifest
 from llmapi.errors import CacheError
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ b'plan'
 >>> store.snapshot().lines[-1]
 'miss: engine: nearest entry differs in max_batch_size: 8 -> 16'
 
-``store_disk`` draws the layout; an entry is written in a staging folder and renamed into place, manifest last.
+``disk`` draws the layout; an entry is written in a staging folder and renamed into place, manifest last.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from pathlib import Path
 from typing import Any
 
 from llmapi import _env
-from llmapi._build import store_archive, store_evict, store_lock, store_memo, store_staging
+from llmapi._build.store import archive as store_archive, evict as store_evict, lock as store_lock, memo as store_memo, staging as store_staging
 from llmapi._build.key import Key, PartDiff
-from llmapi._build.store_disk import Layout, size_text
-from llmapi._build.store_entry import Entry, name_of
-from llmapi._build.store_errors import translated
-from llmapi._build.store_evict import EntryInfo, PruneReport
-from llmapi._build.store_manifest import Manifest
-from llmapi._build.store_open import Damage, find
-from llmapi._build.store_publish import publish
-from llmapi._build.store_report import CacheReport, Counters
-from llmapi._build.store_staging import Staging
+from llmapi._build.store.disk import Layout, size_text
+from llmapi._build.store.entry import Entry, name_of
+from llmapi._build.store.errors import translated
+from llmapi._build.store.evict import EntryInfo, PruneReport
+from llmapi._build.store.manifest import Manifest
+from llmapi._build.store.open import Damage, find
+from llmapi._build.store.publish import publish
+from llmapi._build.store.report import CacheReport, Counters
+from llmapi._build.store.staging import Staging
 from llmapi.errors import CacheError
 
 __all__ = ["CacheReport", "Entry", "EntryInfo", "Manifest", "Problem", "PruneReport", "Staging", "Store"]

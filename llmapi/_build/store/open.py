@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmapi._build import store_lock, store_use
-from llmapi._build.store_disk import Layout
-from llmapi._build.store_entry import CorruptEntry, Entry, name_of, open_entry
-from llmapi._build.store_evict import set_aside
+from llmapi._build.store import lock as store_lock, use as store_use
+from llmapi._build.store.disk import Layout
+from llmapi._build.store.entry import CorruptEntry, Entry, name_of, open_entry
+from llmapi._build.store.evict import set_aside
 from llmapi.errors import CacheError
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from llmapi._build import store_disk, store_lock, store_staging
-from llmapi._build.store_disk import Layout, size_text
-from llmapi._build.store_manifest import Manifest, seal, unseal
+from llmapi._build.store import disk as store_disk, lock as store_lock, staging as store_staging
+from llmapi._build.store.disk import Layout, size_text
+from llmapi._build.store.manifest import Manifest, seal, unseal
 from llmapi.errors import CacheError
 
 log = logging.getLogger(__name__)

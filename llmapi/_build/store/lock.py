@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from llmapi._build.store_disk import new_id
+from llmapi._build.store.disk import new_id
 from llmapi.errors import CacheError
 
 if sys.platform != "win32":

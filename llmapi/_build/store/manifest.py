@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmapi._build.key import Key
-from llmapi._build.store_disk import SCHEMA, check_kind, check_name, is_digest
+from llmapi._build.store.disk import SCHEMA, check_kind, check_name, is_digest
 from llmapi.errors import CacheError
 
 MAX_BYTES = 64 << 20

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmapi._build import store_lock
-from llmapi._build.store_disk import Layout
+from llmapi._build.store import lock as store_lock
+from llmapi._build.store.disk import Layout
 
 _LIMIT = 1 << 63  # no honest tick is larger: nanoseconds reach it in the year 2262
 _WIDTH = 96  # each record is rewritten in place, which needs no space on a full disk
