@@ -9,7 +9,6 @@ import queue
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from llmapi import _env
@@ -349,12 +348,13 @@ class LLM:
             ConfigError: the folder exists and is not empty, or is no name of one.
         """
         from llmapi._build.saved import save_engine
+        from llmapi._runtime.start import full_path
 
         if not isinstance(folder, (str, PathLike)):
             raise ConfigError(f"folder={folder!r}: give the name of a new folder")
         p = self._prepared
         save_engine(
-            Path(folder).expanduser(),
+            full_path("folder", folder),
             model=self.model,
             spec=p.spec,
             config=p.config,

@@ -57,7 +57,7 @@ def weights_key(spec: TransformerSpec, config: EngineConfig, origin: Mapping[str
 
 
 def graph_recipe_key(spec: TransformerSpec) -> Key:
-    """Key of the remembered fact "this recipe leads to the graph with this digest", which saves a warm start the export.
+    """Key of the exported, rewritten graph: what ``torch.export`` and the rewrites see. A hit saves the export.
 
     Args:
         spec: the architecture.

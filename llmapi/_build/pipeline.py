@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from llmapi import _progress
 from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, weights_key
 from llmapi._build.checkpoint import open_checkpoint
-from llmapi._build.graph import Graph
 from llmapi._build.key import Key
 from llmapi._build.names import CONSTANTS_FILE, GRAPH_FILE, WEIGHTS_FILE
 from llmapi._build.report import BuildReport
@@ -20,7 +20,6 @@ from llmapi._build.saved import SavedEngine
 from llmapi._build.store import Staging, Store
 from llmapi._source import Snapshot
 from llmapi.config import EngineConfig
-from llmapi.errors import CacheError
 from llmapi.models.family import Family
 from llmapi.models.spec import TransformerSpec
 
@@ -129,43 +128,45 @@ class Builder:
             label: the model's name.
             saved: a saved engine that may hold it.
         """
-        spec, exported = recipe.spec, cast("list[Graph]", [])
-
-        def export() -> Graph:
-            from llmapi._build.export import export_graph
-
-            with self._report.phase("export") as phase, self._bar("export", 1) as done:
-                exported.append(export_graph(spec))
-                phase.note = f"{len(exported[0].nodes)} nodes"
-                done(1)
-            return exported[0]
-
-        digest = self._graph_digest(spec, export, saved)
+        graph_file, digest = self._graph(recipe.spec, label, saved)
 
         def build(staging: Staging) -> None:
             from llmapi._build.tensor_file import TensorSpec, write_tensors
             from llmapi.models.transformer import constants
 
-            graph = exported[0] if exported else export()
-            if graph.digest != digest:
-                raise CacheError("the export gave another graph than the one remembered: run it again")
             with self._bar("build", 2) as done:
                 with staging.open(GRAPH_FILE) as out:
-                    out.write(graph.text.encode())
+                    out.write(graph_file.read_bytes())
                 done(1)
-                tables: dict[str, torch.Tensor] = constants(spec)
+                tables: dict[str, torch.Tensor] = constants(recipe.spec)
                 specs = [TensorSpec(name, "float32", tuple(t.shape)) for name, t in tables.items()]
                 with staging.open(CONSTANTS_FILE) as out:
                     write_tensors(out, specs, lambda spec: tables[spec.name])
                 done(1)
 
-        key = engine_key(spec, recipe.config, digest)
+        key = engine_key(recipe.spec, recipe.config, digest)
         if saved is not None and key.digest == saved.engine_digest:
             with self._report.phase("build") as phase:
                 phase.note = "saved engine"
             self._report.keys["engine"] = key.digest
             return saved.engine
         return self._obtain("build", "engine", key, label, build)
+
+    def _graph(self, spec: TransformerSpec, label: str, saved: SavedEngine | None) -> tuple[Path, str]:
+        """File and digest of the exported, rewritten graph: a saved engine's, the cache's, or a new one."""
+        key = graph_recipe_key(spec)
+        if saved is not None and saved.graph_recipe == key.digest:
+            return saved.engine / GRAPH_FILE, saved.graph_digest
+
+        def export(staging: Staging) -> None:
+            from llmapi._build.export import export_graph
+
+            with self._bar("export", 1) as done, staging.open(GRAPH_FILE) as out:
+                out.write(export_graph(spec).text.encode())
+                done(1)
+
+        folder = self._obtain("export", "graph", key, label, export)
+        return folder / GRAPH_FILE, hashlib.sha256((folder / GRAPH_FILE).read_bytes()).hexdigest()
 
     def tokenizer(self, snapshot: Snapshot, convert: Callable[[Path], None]) -> Path:
         """Folder with the tokenizer of a ``.gguf`` file, converted if the cache has none.
@@ -181,17 +182,6 @@ class Builder:
     def close(self) -> None:
         """Let go of the artifacts; the cache may then evict them."""
         self._held.close()
-
-    def _graph_digest(self, spec: TransformerSpec, export: Callable[[], Graph], saved: SavedEngine | None) -> str:
-        key = graph_recipe_key(spec)
-        if saved is not None and saved.graph_recipe == key.digest:
-            return saved.graph_digest
-        known = self._store.memo_get("graph", key)
-        if known is not None:
-            return str(known["digest"])
-        digest = export().digest
-        self._store.memo_put("graph", key, {"digest": digest})
-        return digest
 
     def _obtain(self, phase_name: str, kind: str, key: Key, label: str, build: Callable[[Staging], None]) -> Path:
         built: list[bool] = []

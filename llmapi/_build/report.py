@@ -63,7 +63,7 @@ class BuildReport:
     @property
     def cached(self) -> bool:
         """Whether nothing had to be converted or built."""
-        return not any(p.name in ("convert", "build") and p.note == "built" for p in self.phases)
+        return not any(p.note == "built" for p in self.phases)
 
     def __str__(self) -> str:
         rows = [f"{'phase':<10} {'seconds':>8} {'MB':>8}  note"]

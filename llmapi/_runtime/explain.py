@@ -10,6 +10,7 @@ from typing import Any
 from llmapi import _env
 from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, weights_key
 from llmapi._build.key import Key, PartDiff
+from llmapi._build.names import GRAPH_FILE
 from llmapi._build.pipeline import Recipe
 from llmapi._build.saved import SavedEngine, load_saved
 from llmapi._build.store import EntryInfo, Manifest, Store
@@ -106,9 +107,10 @@ def _engine(store: Store, recipe: Recipe, saved: SavedEngine | None = None) -> F
         if key.digest == saved.engine_digest:
             return Finding("engine", key, found=True, note="part of the saved engine")
         return _look(store, "engine", key)
-    known = store.memo_get("graph", how)
-    if known is not None:
-        return _look(store, "engine", engine_key(recipe.spec, recipe.config, str(known["digest"])))
+    graph = _look(store, "graph", how).entry
+    if graph is not None:
+        digest = graph.manifest.files[GRAPH_FILE].sha256
+        return _look(store, "engine", engine_key(recipe.spec, recipe.config, digest))
     near = store.nearest("engine", engine_key(recipe.spec, recipe.config, "not exported yet"))
     note = "a start has to export the graph first: the architecture, llmapi's sources or torch are new to this cache"
     return Finding("engine", None, nearest=near, note=note)

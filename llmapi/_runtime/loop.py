@@ -52,11 +52,16 @@ class EngineLoop:
         """Queue a job; its listener hears of it.
 
         Raises:
-            EngineClosedError: the loop was closed.
+            EngineClosedError: the loop was closed, or runs in another process.
         """
         with self._wake:
             if self._closing:
                 raise EngineClosedError("this LLM was closed: make a new one")
+            if self._thread is not None and not self._thread.is_alive():
+                raise EngineClosedError(
+                    "this process was forked from the one where this LLM runs, and threads do not come along: make an "
+                    "LLM here, or start processes with multiprocessing.get_context('spawn')"
+                )
             self._arriving.append(job)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._main, name="llmapi-loop", daemon=True)
@@ -118,8 +123,9 @@ class EngineLoop:
         for job in arriving:
             self._jobs[job.request] = job
             self._scheduler.add(job.request.sequences[0])
-        for job in [job for job in self._jobs.values() if job.request.id in aborting]:
-            self._end_job(job, "abort")
+        if aborting:
+            for job in [job for job in self._jobs.values() if job.request.id in aborting]:
+                self._end_job(job, "abort")
 
     def _prompt_rows_done(self, entry: Entry) -> int | None:
         job = self._jobs[entry.seq.request]

@@ -96,7 +96,7 @@ def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
         engine: how it is to run.
     """
     report = BuildReport(str(options.model))
-    root = Path(options.cache_dir).expanduser() if options.cache_dir is not None else _env.cache_dir()
+    root = _env.cache_dir() if options.cache_dir is None else full_path("cache_dir", options.cache_dir)
     store = Store(root)
     builder = Builder(store, report, progress=options.progress)
     try:
@@ -107,6 +107,25 @@ def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
     except BaseException:
         builder.close()
         raise
+
+
+def full_path(what: str, path: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` filled in.
+
+    Args:
+        what: the argument that it was given as.
+        path: as given.
+
+    Raises:
+        ConfigError: it can be no path.
+    """
+    try:
+        if "\0" not in os.fspath(path):
+            return Path(path).expanduser()
+        why = "a null character"
+    except RuntimeError:
+        why = "no such user"
+    raise ConfigError(f"{what}={os.fspath(path)!r} is no path ({why}): give the full path of a folder")
 
 
 def saved_folder(model: str) -> Path | None:

@@ -440,7 +440,8 @@ def test_bad_words_equal_transformers() -> None:
     x = noise(1, 64)
     words = [[1, 2, 3], [31, 2, 3], [3], [33], [2, 2], [32, 2]]
     processor = NoBadWordsLogitsProcessor(words)
-    for output in ([5], [1, 2], [31, 2], [1, 2, 2], [9, 1, 2], [2], [32], [2, 1]):
+    for tail in ([5], [1, 2], [31, 2], [1, 2, 2], [9, 1, 2], [2], [32], [2, 1]):
+        output = [7, 8, *tail]  # transformers 5.17 overlooks words that begin with the output
         want = processor(torch.tensor([output]), x)
         got = edited(x, row(output, bad_words=["abc", " c", "bb"]), Letters())
         assert torch.equal(got, want), output

@@ -230,6 +230,7 @@ def test_a_folder_without_tokenizer(checkpoint: Path, tmp_path: Path, cache: Pat
         ({"revision": "main"}, "revision='main' is for models on the hub"),
         ({"hf_token": 5}, "hf_token: give a text"),
         ({"cache_dir": 5}, "cache_dir=5: give a folder"),
+        ({"cache_dir": "~no such user/x"}, r"cache_dir='~no such user/x' is no path \(no such user\)"),
     ],
     ids=lambda value: json.dumps(value, default=str) if isinstance(value, dict) else "",
 )

@@ -126,6 +126,15 @@ def test_dropping_the_last_reference_frees_everything(checkpoint: Path, cache: P
     until(lambda: engine() is None)
 
 
+def test_closing_frees_the_memory_of_an_llm_that_is_kept(checkpoint: Path, cache: Path) -> None:
+    llm = LLM(checkpoint, cache_dir=cache)
+    llm.generate(["hello", "world"], greedy(4))
+    memory = [weakref.ref(t) for t in llm._loop._engine._caches.values()]  # type: ignore[attr-defined]
+    llm.close()
+    gc.collect()
+    assert memory and all(m() is None for m in memory)
+
+
 def test_dropping_it_while_it_runs(checkpoint: Path, cache: Path) -> None:
     before = loop_threads()
     llm = LLM(checkpoint, cache_dir=cache)
@@ -199,6 +208,27 @@ def test_a_process_ends_at_once_whatever_runs(body: str, checkpoint: Path, cache
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_forked_process_is_told_rather_than_left_waiting(checkpoint: Path, cache: Path) -> None:
+    body = """
+        import os
+        llm.generate("hello", SamplingParams(max_tokens=2))
+        child = os.fork()
+        if child == 0:
+            try:
+                llm.generate("hello")
+            except Exception as error:
+                print(type(error).__name__, error)
+            os._exit(0)
+        os.waitpid(child, 0)
+        print(llm.generate("hello", SamplingParams(max_tokens=2)).outputs[0].finish_reason)
+        """
+    done = subprocess.run(
+        script(body, checkpoint, cache), capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=60
+    )
+    told, after = done.stdout.splitlines()
+    assert told.startswith("EngineClosedError this process was forked") and after == "length"
 
 
 def test_ctrl_c_returns_within_a_second_and_the_next_generate_works(

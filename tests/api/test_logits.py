@@ -314,6 +314,6 @@ def test_a_processor_that_ends_the_thread_ends_the_request(llm: LLM, truth: Trut
         raise SystemExit("bye")
 
     with pytest.raises(LLMAPIError, match="SystemExit: bye"):
-        llm.generate("hello", greedy(4, logits_processors=[leaves]))
+        llm.generate_async("hello", greedy(4, logits_processors=[leaves])).result(30)
     [prompt] = prompts_of([6], seed=28)
-    assert llm.generate(prompt, greedy(5)).outputs[0].token_ids == truth.greedy(prompt, 5)
+    assert llm.generate_async(prompt, greedy(5)).result(30).outputs[0].token_ids == truth.greedy(prompt, 5)

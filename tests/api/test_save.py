@@ -112,7 +112,7 @@ def test_where_it_may_be_saved(llm: LLM, tmp_path: Path, truth: Truth) -> None:
         with pytest.raises(ConfigError, match=f"{taken} exists and is not an empty folder: give a new one"):
             llm.save(tmp_path / taken)
     assert (tmp_path / "full" / "mine.txt").read_text() == (tmp_path / "file").read_text() == "mine"
-    for wrong in (None, 5):
+    for wrong in (None, 5, b"x", "~no such user/x", "nul\0"):
         with pytest.raises(ConfigError, match="folder="):
             llm.save(wrong)  # type: ignore[arg-type]
 

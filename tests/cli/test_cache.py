@@ -23,9 +23,9 @@ def test_ls_and_show(cli: Cli, cache: Path, model: str) -> None:
     head, *rows, total = result.out.splitlines()
     assert head.split() == ["KIND", "KEY", "SIZE", "BUILT", "USED", "HITS", "MODEL"]
     entries = {e.kind: e for e in Store(cache).entries()}
-    assert {row.split()[0] for row in rows} == set(entries) == {"engine", "weights"}
+    assert {row.split()[0] for row in rows} == set(entries) == {"engine", "graph", "weights"}
     assert all(row.endswith(" llama") for row in rows)
-    assert total.startswith("2 entries, ")
+    assert total.startswith("3 entries, ")
     assert str(cache) in total
     engine = entries["engine"]
     shown = cli("cache", "show", engine.digest[:10]).out
@@ -108,6 +108,12 @@ def test_why_downloads_no_weights(
         assert engine.startswith("engine: hit: ")
         assert "config.json" in hub.fetched()
         assert "model.safetensors" not in hub.fetched()
+        # Half a download is no model either.
+        (config,) = (tmp_path / "hub").rglob("config.json")
+        index = config.with_name("model.safetensors.index.json")
+        index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+        assert cli("cache", "why", "org/tiny").out.splitlines()[0] == weights
+        index.unlink()
         assert cli("generate", "org/tiny", PROMPTS[0], *GREEDY).code == 0
         assert "model.safetensors" in hub.fetched()
         asked = len(hub.log)
@@ -123,7 +129,7 @@ def test_export_and_import(cli: Cli, own_cache: Path, built: Path, model: str, t
             (copy,) = [p for p in files if p.match(f"{entry.kind}/{entry.digest}/{name}")]
             assert copy.read_bytes() == (built / copy.relative_to(own_cache)).read_bytes()
     again = cli("cache", "import", str(tmp_path / "all.tar"))
-    assert again.out.count("kept ") == 2
+    assert again.out.count("kept ") == 3
     result = cli("-v", "generate", model, PROMPTS[0], *GREEDY)
     assert "hit: weights" in result.err
     (tmp_path / "all.tar").write_bytes((tmp_path / "all.tar").read_bytes()[:-3000])
@@ -142,13 +148,13 @@ def test_import_of_what_cannot_run_here(cli: Cli, own_cache: Path, tmp_path: Pat
     archive = str(tmp_path / "far.tar")
     assert cli("cache", "export", "--cache-dir", str(far.root), Key(parts).digest, archive).code == 0
     refused(cli("cache", "import", archive), 1, "cannot be used on this machine", "needs torch 9.9", torch.__version__)
-    assert len(Store(own_cache).entries()) == 2
+    assert len(Store(own_cache).entries()) == 3
 
 
 def test_verify_finds_one_flipped_bit(cli: Cli, own_cache: Path) -> None:
     sound = cli("cache", "verify")
     assert sound.code == 0
-    assert sound.out.startswith("2 sound, 0 damaged; ")
+    assert sound.out.startswith("3 sound, 0 damaged; ")
     weights = next(e for e in Store(own_cache).entries() if e.kind == "weights")
     (path,) = own_cache.rglob(f"weights/{weights.digest}/*.safetensors")
     before = path.stat()
@@ -161,7 +167,7 @@ def test_verify_finds_one_flipped_bit(cli: Cli, own_cache: Path) -> None:
     damaged, total = result.out.splitlines()
     assert damaged.startswith(f"damaged: weights {weights.digest[:12]}: ")
     assert path.name in damaged
-    assert total.startswith("1 sound, 1 damaged; ")
+    assert total.startswith("2 sound, 1 damaged; ")
     assert cli("cache", "verify").code == 0
     assert "weights" not in cli("cache", "ls").out
 
@@ -170,10 +176,10 @@ def test_prune_and_rm(cli: Cli, own_cache: Path) -> None:
     entries = {e.kind: e for e in Store(own_cache).entries()}
     assert cli("cache", "prune", "--budget", "50GB").out.startswith("0 bytes freed, ")
     refused(cli("cache", "rm", entries["engine"].digest[:8], "zz"), 1, "'zz'")
-    assert len(Store(own_cache).entries()) == 2
+    assert len(Store(own_cache).entries()) == 3
     result = cli("cache", "rm", entries["engine"].digest[:8], f"engine/{entries['engine'].digest}")
     assert result.out.count("removed engine") == 1
-    assert [e.kind for e in Store(own_cache).entries()] == ["weights"]
+    assert {e.kind for e in Store(own_cache).entries()} == {"weights", "graph"}
     result = cli("cache", "prune", "--budget", "0")
-    assert re.match(r"removed weights .*\n.* freed, 0 bytes left", result.out)
+    assert re.match(r"(removed (weights|graph) .*\n){2}.* freed, 0 bytes left", result.out)
     assert cli("cache", "ls").out.startswith("0 entries, 0 bytes of ")

@@ -80,7 +80,7 @@ def test_a_bug_is_one_line_unless_debug(cli: Cli, monkeypatch: pytest.MonkeyPatc
     ("words", "code", "parts"),
     [
         ([], 2, ["VERB", "llmapi --help"]),
-        (["genrate"], 2, ["'genrate'", "'generate'"]),
+        (["genrate"], 2, ["'genrate'", "generate"]),
         (["generate"], 2, ["required: MODEL;", "llmapi generate --help"]),
         (["generate", "m", "p", "--temprature", "0"], 2, ["--temprature; did you mean --temperature?"]),
         (["generate", "m", "p", "--temp", "0"], 2, ["unknown option --temp"]),

@@ -63,6 +63,11 @@ def translated(
                 raise CacheError(
                     f"{error.filename} is where the cache needs a folder; move it, or point LLMAPI_CACHE_DIR elsewhere"
                 ) from error
+            if preparing:
+                raise CacheError(
+                    f"the cache root {root} cannot be made ({error.strerror}): point LLMAPI_CACHE_DIR at a folder "
+                    "you may write"
+                ) from error
         raise
 
 
