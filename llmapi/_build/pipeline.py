@@ -65,7 +65,7 @@ class Builder:
 
     def __init__(self, store: Store, report: BuildReport, *, progress: bool) -> None:
         self._store = store
-        self._report = report
+        self.report = report
         self._progress = progress
         self._held = ExitStack()
 
@@ -83,13 +83,13 @@ class Builder:
         from llmapi._build.tensor_file import TensorSpec
 
         if recipe.dummy_seed is None:
-            with self._report.phase("digest") as phase, self._bar("fetch", sum(f.size for f in snapshot.weight_files)) as done:
+            with self.report.phase("digest") as phase, self._bar("fetch", sum(f.size for f in snapshot.weight_files)) as done:
                 before = snapshot.memory.hashed_bytes
                 origin = recipe.origin()
                 done(sum(f.size for f in snapshot.weight_files))
                 phase.nbytes = snapshot.memory.hashed_bytes - before
                 phase.note = "hashed" if phase.nbytes else "remembered"
-            self._report.hashed_bytes += phase.nbytes
+            self.report.hashed_bytes += phase.nbytes
         else:
             origin = recipe.origin()
 
@@ -146,9 +146,9 @@ class Builder:
 
         key = engine_key(recipe.spec, recipe.config, digest)
         if saved is not None and key.digest == saved.engine_digest:
-            with self._report.phase("build") as phase:
+            with self.report.phase("build") as phase:
                 phase.note = "saved engine"
-            self._report.keys["engine"] = key.digest
+            self.report.keys["engine"] = key.digest
             return saved.engine
         return self._obtain("build", "engine", key, label, build)
 
@@ -190,13 +190,13 @@ class Builder:
             built.append(True)
             build(staging)
 
-        with self._report.phase(phase_name) as phase:
+        with self.report.phase(phase_name) as phase:
             before = len(self._store.snapshot().lines)
             entry = self._held.enter_context(self._store.build(kind, key, label, note))
             phase.note, phase.nbytes = ("built", entry.manifest.size) if built else ("cache hit", 0)
         lines = self._store.snapshot().lines[before:]
-        self._report.cache += lines
-        self._report.keys[kind] = key.digest
+        self.report.cache += lines
+        self.report.keys[kind] = key.digest
         log.info("%s", lines[0] if lines else f"{kind}: {phase.note}")
         return entry.path
 

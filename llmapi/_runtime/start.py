@@ -16,6 +16,7 @@ from llmapi._build.report import BuildReport
 from llmapi._build.saved import SavedEngine, is_saved, load_saved
 from llmapi._build.store import Store
 from llmapi._digests import DigestMemory
+from llmapi._runtime.find_tokenizer import find_tokenizer
 from llmapi._source import Snapshot
 from llmapi._source import resolve as resolve_source
 from llmapi._tokenizer import Tokenizer
@@ -99,11 +100,12 @@ def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
     root = _env.cache_dir() if options.cache_dir is None else full_path("cache_dir", options.cache_dir)
     store = Store(root)
     builder = Builder(store, report, progress=options.progress)
+    digests = DigestMemory(root / "digests")
     try:
         folder = saved_folder(options.model)
         if folder is not None:
-            return _from_saved(load_saved(folder), options, engine, builder, report)
-        return _from_source(options, engine, builder, report, DigestMemory(root / "digests"))
+            return _from_saved(load_saved(folder), options, engine, builder, report, digests)
+        return _from_source(options, engine, builder, report, digests)
     except BaseException:
         builder.close()
         raise
@@ -143,7 +145,7 @@ def _from_source(
     with report.phase("fetch"):
         snapshot, config_json, recipe = find_recipe(options, engine, digests)
     spec, config = recipe.spec, recipe.config
-    tokenizer = _tokenizer(options, snapshot, builder, report, digests)
+    tokenizer = find_tokenizer(options, snapshot, builder, digests)
     weights = builder.weights(recipe)
     compiled = builder.engine(recipe, snapshot.model)
     report.hashed_bytes = digests.hashed_bytes
@@ -202,69 +204,18 @@ def saved_config(saved: SavedEngine, options: ModelOptions, engine: EngineOption
 
 
 def _from_saved(
-    saved: SavedEngine, options: ModelOptions, engine: EngineOptions, builder: Builder, report: BuildReport
+    saved: SavedEngine,
+    options: ModelOptions,
+    engine: EngineOptions,
+    builder: Builder,
+    report: BuildReport,
+    digests: DigestMemory,
 ) -> Prepared:
     config = saved_config(saved, options, engine)
-    tokenizer = None
-    if not options.skip_tokenizer_init and (saved.has_tokenizer or options.tokenizer is not None):
-        with report.phase("tokenizer"):
-            tokenizer = _given_tokenizer(options, None)
-            if tokenizer is None:
-                tokenizer = _load_tokenizer(saved.path, options)
+    home = saved.path if saved.has_tokenizer else None
+    tokenizer = find_tokenizer(options, home, builder, digests)
     compiled = builder.saved_engine(Recipe(None, None, saved.spec, config), saved)
     return Prepared(saved.spec, config, tokenizer, saved.stop_token_ids, saved.weights, compiled, builder, report)
-
-
-def _tokenizer(
-    options: ModelOptions, snapshot: Snapshot, builder: Builder, report: BuildReport, digests: DigestMemory
-) -> Tokenizer | None:
-    if options.skip_tokenizer_init:
-        return None
-    given = _given_tokenizer(options, digests)
-    if given is not None:
-        return given
-    if snapshot.kind == "gguf" and options.load_format != "dummy":
-        name = snapshot.path.name
-
-        def convert(folder: Path) -> None:
-            Tokenizer.load(snapshot.path.parent, gguf_file=name).save(folder)
-
-        folder = builder.tokenizer(snapshot, convert)
-    else:
-        folder = snapshot.path
-    if not snapshot.tokenizer_files and options.load_format == "dummy":
-        return None
-    with report.phase("tokenizer"):
-        return _load_tokenizer(folder, options)
-
-
-def _load_tokenizer(folder: Path, options: ModelOptions) -> Tokenizer:
-    mode, trust = options.tokenizer_mode, options.trust_remote_code
-    return Tokenizer.load(folder, mode=mode, trust_remote_code=trust)  # type: ignore[arg-type]
-
-
-def _given_tokenizer(options: ModelOptions, digests: DigestMemory | None) -> Tokenizer | None:
-    """The tokenizer that the user named or handed over."""
-    given = options.tokenizer
-    if given is None:
-        return None
-    if isinstance(given, Tokenizer):
-        return given
-    if not isinstance(given, (str, Path)):
-        if not all(hasattr(given, name) for name in ("decode", "eos_token_id", "all_special_ids")):
-            raise ConfigError(f"tokenizer={given!r}: give a Hugging Face id, a folder or a tokenizer of transformers")
-        return Tokenizer(given)
-    if Path(given).is_dir():  # it need not be a whole model
-        return _load_tokenizer(Path(given), options)
-    snapshot = resolve_source(
-        given,
-        token=options.hf_token,
-        load_format="dummy",
-        trust_remote_code=options.trust_remote_code,
-        digests=digests or DigestMemory(_env.cache_dir() / "digests"),
-        progress=options.progress,
-    )
-    return _load_tokenizer(snapshot.path, options)
 
 
 def _stop_token_ids(snapshot: Snapshot, config: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
