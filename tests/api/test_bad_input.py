@@ -262,15 +262,16 @@ def test_a_failed_start_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeyp
             start(checkpoint, tmp_path)
     assert threading.active_count() == before
     store = Store(tmp_path)
-    assert {e.kind for e in store.entries()} == {"weights", "engine"}  # these were whole
-    assert len(store.prune(0).removed) == 2  # nobody holds them
+    kinds = {"weights", "graph", "engine"}
+    assert {e.kind for e in store.entries()} == kinds  # these were whole
+    assert {e.kind for e in store.prune(0).removed} == kinds  # nobody holds them
     with monkeypatch.context() as patch:
         patch.setattr("llmapi._build.weights.write_weights", fails)
         with pytest.raises(KeyboardInterrupt):
             start(checkpoint, tmp_path)
     assert store.entries() == []
     start(checkpoint, tmp_path)  # no lock is left to wait for
-    assert len(store.entries()) == 2
+    assert {e.kind for e in store.entries()} == kinds
 
 
 # ---- prompts
