@@ -17,7 +17,7 @@ from llmapi import LLM, SamplingParams
 
 PROMPTS = [
     "What is the capital of France?",
-    "Give me three tips for learning to cook.",
+    "Write one sentence about the sea.",
     "Why is the sky blue? Answer in one sentence.",
     "My friend Ada wrote to me: 'I moved to a small town by the sea last spring. The people are kind and the air is "
     "good, but I miss the libraries and the concerts of the city.' What does Ada miss?",

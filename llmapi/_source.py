@@ -141,10 +141,11 @@ def resolve(
     if not isinstance(model, str | os.PathLike) or not str(model).strip():
         raise ConfigError(f"model={model!r}: give a Hugging Face id such as 'org/name', a folder, or a .gguf file")
     name, dummy = os.fspath(model), load_format == "dummy"
-    path = Path(name).expanduser()
+    path = Path(name)
     try:
+        path = path.expanduser()
         is_local = path.exists()
-    except (OSError, ValueError):  # too long for the file system, or a NUL inside
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, ~nobody
         is_local = False
     if is_local and revision is not None:
         raise ConfigError(f"revision={revision!r} is for models on the hub, but {name!r} is on this disk; leave it out")

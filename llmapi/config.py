@@ -46,7 +46,7 @@ class KvCacheConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.block_size != "auto" and self.block_size not in _BLOCK_SIZES:
+        if self.block_size != "auto" and (type(self.block_size) is not int or self.block_size not in _BLOCK_SIZES):
             raise ConfigError(f"block_size={self.block_size!r}: give one of {', '.join(map(str, _BLOCK_SIZES))}")
         for name in ("max_tokens", "memory_bytes"):
             value = getattr(self, name)
@@ -54,8 +54,8 @@ class KvCacheConfig:
                 raise ConfigError(f"{name}={value!r}: give a positive whole number or None")
         if self.max_tokens is not None and self.memory_bytes is not None:
             raise ConfigError("max_tokens and memory_bytes both size the KV cache: give one of them")
-        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
-            raise ConfigError(f"memory_fraction={self.memory_fraction}: give a number in (0, 1]")
+        if self.memory_fraction is not None:
+            _check_share("memory_fraction", self.memory_fraction)
         if self.dtype not in ("auto", *DTYPES):
             raise ConfigError(unknown_name("KV cache dtype", self.dtype, ("auto", *DTYPES)))
 
@@ -98,8 +98,9 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}: give a positive whole number" + " or None" * (name[0] == "m"))
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization}: give a number in (0, 1]")
+        _check_share("gpu_memory_utilization", self.gpu_memory_utilization)
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ConfigError(f"enable_prefix_caching={self.enable_prefix_caching!r}: give True or False")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +196,11 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
         enable_prefix_caching=options.enable_prefix_caching,
         kv_cache=options.kv_cache,
     )
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ConfigError(f"{name}={value!r}: give a number in (0, 1]")
 
 
 def _backend(asked: str) -> Backend:

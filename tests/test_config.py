@@ -39,6 +39,8 @@ def test_defaults_resolve_to_concrete_values() -> None:
         ({"max_batch_size": True}, "max_batch_size=True"),
         ({"max_num_tokens": 8, "max_batch_size": 9}, "max_num_tokens=8 is less than max_batch_size=9"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
+        ({"gpu_memory_utilization": "a"}, "gpu_memory_utilization='a': give a number in (0, 1]"),
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching='no': give True or False"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
     ],
 )
@@ -55,6 +57,9 @@ def test_what_is_refused_names_value_and_remedy(options: dict[str, Any], message
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens": 8, "memory_bytes": 8}, "give one of them"),
         ({"memory_fraction": 0}, "memory_fraction=0"),
+        ({"memory_fraction": True}, "memory_fraction=True"),
+        ({"memory_fraction": "x"}, "memory_fraction='x'"),
+        ({"block_size": 16.0}, "block_size=16.0"),
         ({"dtype": "fp8"}, "unknown KV cache dtype 'fp8'"),
         ({"free_gpu_memory_fraction": 0.9}, "unknown KvCacheConfig argument 'free_gpu_memory_fraction'"),
         (7, "give a KvCacheConfig or a dict"),

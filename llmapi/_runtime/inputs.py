@@ -127,7 +127,10 @@ class RequestMaker:
                 f"the prompt has {len(ids)} tokens, and max_seq_len={self.max_seq_len} leaves room for a prompt of "
                 f"{self.max_seq_len - 1}: shorten it, or make the LLM with a larger max_seq_len"
             )
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        if params.max_tokens is None:  # as far as it goes
+            max_tokens = max(1, min(room, self.capacity_tokens - len(ids)))
+        else:
+            max_tokens = min(params.max_tokens, room)
         if len(ids) + max_tokens > self.capacity_tokens:
             raise CapacityError(
                 f"{len(ids)} prompt tokens and {max_tokens} new ones can never fit the KV cache of "

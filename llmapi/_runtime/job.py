@@ -56,6 +56,7 @@ class Job:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
     prompt_logits: list[torch.Tensor] = field(default_factory=list)
     error: LLMAPIError | None = None
+    _last_step: int = -1
     _started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -71,6 +72,16 @@ class Job:
         """Note that a step is about to run some of its tokens; only the first time counts."""
         if self.request.metrics.queue_time is None:
             self.request.metrics.queue_time = self.elapsed()
+
+    def note_token(self, step: int) -> None:
+        """Note the time of a step that gave it a token; several sequences' tokens of one step count once."""
+        if self._last_step == step:
+            return
+        self._last_step = step
+        metrics, now = self.request.metrics, self.elapsed()
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+        metrics.token_times.append(now)
 
     def elapsed(self) -> float:
         """Seconds since the request arrived."""

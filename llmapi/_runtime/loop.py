@@ -177,11 +177,7 @@ class EngineLoop:
         if sampled.error is not None:
             self._fail(job, sampled.error)
             return
-        now = job.elapsed()
-        metrics = job.request.metrics
-        if metrics.first_token_time is None:
-            metrics.first_token_time = now
-        metrics.token_times.append(now)
+        job.note_token(self.steps)
         siblings = [seq] + [self._sibling(job, seq, index) for index in range(1, len(sampled.token_ids))]
         for sibling, token in zip(siblings, sampled.token_ids, strict=True):
             sibling.token_ids.append(token)

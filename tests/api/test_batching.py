@@ -216,3 +216,10 @@ def test_an_engine_that_fails_fails_what_runs_and_goes_on(
             llm.generate(prompts, greedy(8))
     assert idle(llm)
     assert ids_of(llm.generate(prompts, greedy(8))) == [truth.greedy(p, 8) for p in prompts]
+
+
+def test_tokens_of_one_step_are_one_moment(llm: LLM) -> None:
+    """With n sequences a step gives n tokens at one time."""
+    output = llm.generate("hello world", SamplingParams(n=3, seed=1, max_tokens=6, ignore_eos=True))
+    assert output.metrics is not None and len(output.metrics.token_times) == 6
+    assert output.metrics.token_times == sorted(output.metrics.token_times)
