@@ -95,9 +95,7 @@ def _write_cpu(
             turned = rotate(turned, cos_sin, interleaved)
         else:
             cos, signed_sin = plan.rotary_factors(cos_sin)
-            half = head_dim // 2
-            swapped = torch.cat((turned[..., half:], turned[..., :half]), -1)
-            turned = (turned * cos).addcmul_(swapped, signed_sin)
+            turned = (turned * cos).addcmul_(turned.roll(head_dim // 2, -1), signed_sin)
     k_cache.view(-1, kv_heads, head_dim).index_copy_(0, plan.slots, turned[:, num_heads:])
     v_cache.view(-1, kv_heads, head_dim).index_copy_(0, plan.slots, heads[:, num_heads + kv_heads :])
     return turned[:, :num_heads]

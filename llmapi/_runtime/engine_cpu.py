@@ -16,6 +16,7 @@ from llmapi._kernels import OPS
 from llmapi._kernels.plan import CpuPlan
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine import Engine, num_kv_blocks
+from llmapi._runtime.linear_cpu import PackedLinear, can_pack
 from llmapi.config import EngineConfig
 from llmapi.errors import BuildError, ConfigError, EngineClosedError
 from llmapi.models.spec import TransformerSpec
@@ -58,7 +59,11 @@ class CpuEngine(Engine):
         self._caches = {name: torch.empty(shape, dtype=dtype) for name in names}
         values: dict[str, torch.Tensor] = {**constants, **self._caches}
         values.update({i.name: weights.read(i.parts) for i in graph.inputs if i.kind == "weight"})
-        self._program, self._slots, self._size, self._output = _bind(graph, values)
+        try:
+            pack = can_pack(weights.path.stat().st_size, available_memory())
+        except ConfigError:  # the system does not tell
+            pack = False
+        self._program, self._slots, self._size, self._output = _bind(graph, values, pack=pack)
         self._closed = False
 
     @torch.inference_mode()
@@ -120,8 +125,15 @@ def _step_tensors(batch: StepBatch) -> dict[str, torch.Tensor]:
     }
 
 
-def _bind(graph: Graph, values: Mapping[str, Any]) -> tuple[list[_Instruction], dict[str, int], int, int]:
+def _bind(
+    graph: Graph, values: Mapping[str, Any], *, pack: bool
+) -> tuple[list[_Instruction], dict[str, int], int, int]:
     """Resolve every node once.
+
+    Args:
+        graph: the step.
+        values: weights, constants and caches by name.
+        pack: whether linear weights may be repacked.
 
     Returns:
         the instructions, the slots of step inputs, the number of slots, and the slot of the result.
@@ -145,7 +157,11 @@ def _bind(graph: Graph, values: Mapping[str, Any]) -> tuple[list[_Instruction], 
     for index, node in enumerate(graph.nodes):
         args = [argument(a, index) for a in node.args]
         kwargs = {k: argument(v, index) for k, v in node.kwargs.items()}
-        calls.append((_call(*_implementation(node.op), args, kwargs), slots[node.name]))
+        if pack and node.op == "aten.linear.default":
+            call = _call(PackedLinear(args[1], args[2] if len(args) > 2 else None), False, args[:1], {})
+        else:
+            call = _call(*_implementation(node.op), args, kwargs)
+        calls.append((call, slots[node.name]))
     output = slots[graph.output.name]
     dead: dict[int, list[int]] = {}
     for slot, index in last_use.items():

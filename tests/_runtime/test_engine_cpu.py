@@ -15,6 +15,7 @@ from llmapi._build.weights import dummy, tensor_specs
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine import num_kv_blocks
 from llmapi._runtime.engine_cpu import CpuEngine, available_memory
+from llmapi._runtime.linear_cpu import PackedLinear, can_pack
 from llmapi.config import EngineConfig, EngineOptions, KvCacheConfig, resolve
 from llmapi.errors import BuildError, ConfigError, EngineClosedError
 from llmapi.models.family import spec_of
@@ -91,3 +92,29 @@ def test_an_operator_that_torch_does_not_have_is_named(tmp_path: Path) -> None:
 
 def test_spec_arithmetic_is_that_of_the_model() -> None:
     assert isinstance(SPEC, TransformerSpec) and (SPEC.q_size, SPEC.kv_size) == (64, 32)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_linears_are_linears(bias: bool) -> None:
+    """Against float64; and a row's result does not depend on the other rows."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64), torch.randn(40, 64)
+    offset = torch.randn(96) if bias else None
+    linear = PackedLinear(weight, offset)
+    expected = x.double() @ weight.double().t() + (0 if offset is None else offset.double())
+    whole = linear(x)
+    for rows in (1, 2, 3, 17, 40):
+        assert torch.allclose(linear(x[:rows]).double(), expected[:rows], atol=1e-5)
+        if rows > 2:
+            assert torch.equal(linear(x[:rows]), whole[:rows])
+
+
+def test_weights_are_repacked_only_where_a_second_copy_fits() -> None:
+    assert can_pack(10, 20) and not can_pack(11, 20)
+
+
+def test_an_engine_without_packing_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = StepBatch([3, 5, 7], [0, 1, 2], [0, 1, 2], [[0]], [3], [0, 3], [0, 1, 2], [3], [])
+    packed = engine(tmp_path).step(batch)
+    monkeypatch.setattr("llmapi._runtime.engine_cpu.can_pack", lambda *sizes: False)
+    assert torch.allclose(engine(tmp_path).step(batch), packed, atol=1e-5)
