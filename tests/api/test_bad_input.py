@@ -423,13 +423,14 @@ def test_ids_to_abort_of_another_type(llm: LLM, wrong: Any) -> None:
 def test_requests_that_can_never_fit(checkpoint: Path, cache: Path, truth: Truth) -> None:
     with LLM(checkpoint, cache_dir=cache, kv_cache_config={"max_tokens": 64, "block_size": 8}) as llm:
         [prompt] = prompts_of([20])
-        for params in (greedy(45), SamplingParams(max_tokens=None), SamplingParams()):
+        for params in (greedy(45), SamplingParams()):
             with pytest.raises(
                 CapacityError, match=r"20 prompt tokens and \d+ new ones can never fit .* 64 tokens: lower"
             ):
                 llm.generate(prompt, params)
-        full = llm.generate(prompt, greedy(44))  # to the last token of the cache
-        assert full.outputs[0].token_ids == truth.greedy(prompt, 44)
+        for count in (44, None):  # to the last token of the cache; None is as far as it goes
+            full = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True))
+            assert full.outputs[0].token_ids == truth.greedy(prompt, 44) and full.outputs[0].finish_reason == "length"
         bad, good = llm.generate([prompt, prompt], [greedy(45), greedy(44)])
         assert isinstance(bad.error, CapacityError) and good.outputs[0].token_ids == truth.greedy(prompt, 44)
         assert idle(llm)

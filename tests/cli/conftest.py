@@ -32,9 +32,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "llama"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
-    """A cache that holds the model. Tests that change a cache take their own."""
+    """A cache that holds the model, fresh for each module. Tests that change a cache take their own."""
     root = tmp_path_factory.mktemp("cache")
     with LLM(model, cache_dir=root):
         pass
@@ -72,7 +72,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def truth(built: Path, model: str) -> list[RequestOutput]:
     with LLM(model, cache_dir=built) as llm:
         return llm.generate(PROMPTS, SAMPLING)
