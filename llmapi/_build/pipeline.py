@@ -89,7 +89,6 @@ class Builder:
                 done(sum(f.size for f in snapshot.weight_files))
                 phase.nbytes = snapshot.memory.hashed_bytes - before
                 phase.note = "hashed" if phase.nbytes else "remembered"
-            self.report.hashed_bytes += phase.nbytes
         else:
             origin = recipe.origin()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmapi import LLM, EngineClosedError, LLMAPIError, RequestError, SamplingParams
-from tests.api.truth import Truth, idle, prompts_of, until
+from tests.api.truth import Gate, Truth, idle, prompts_of, until
 
 
 def greedy(count: int, **options: Any) -> SamplingParams:
@@ -27,21 +27,6 @@ def run(coroutine: Any) -> Any:
         return await asyncio.wait_for(coroutine, 60)
 
     return asyncio.run(limited())
-
-
-class Gate:
-    """A logits processor that lets so many tokens pass and holds the next until opened."""
-
-    def __init__(self, free: int) -> None:
-        self.free = free
-        self.reached = threading.Event()
-        self.opened = threading.Event()
-
-    def __call__(self, output: list[int], logits: torch.Tensor) -> torch.Tensor:
-        if len(output) >= self.free:
-            self.reached.set()
-            assert self.opened.wait(30), "nobody opened the gate"
-        return logits
 
 
 def test_await_gives_the_answer(llm: LLM, truth: Truth) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import threading
 from typing import Any
 
 import pytest
 import torch
 
 from llmapi import LLM, RequestError, SamplingParams
-from tests.api.truth import Truth, idle, prompts_of, until
+from tests.api.truth import Gate, Truth, idle, prompts_of, until
 
 
 def greedy(count: int, **options: Any) -> SamplingParams:
@@ -66,21 +65,6 @@ def test_two_streams_interleave(llm: LLM, truth: Truth) -> None:
     pairs = list(zip(llm.stream(a, greedy(15)), llm.stream(b, greedy(15)), strict=True))
     assert pairs[-1][0].outputs[0].token_ids == truth.greedy(a, 15)
     assert pairs[-1][1].outputs[0].token_ids == truth.greedy(b, 15)
-
-
-class Gate:
-    """A logits processor that lets so many tokens pass and holds the next until opened."""
-
-    def __init__(self, free: int) -> None:
-        self.free = free
-        self.reached = threading.Event()
-        self.opened = threading.Event()
-
-    def __call__(self, output: list[int], logits: torch.Tensor) -> torch.Tensor:
-        if len(output) >= self.free:
-            self.reached.set()
-            assert self.opened.wait(30), "nobody opened the gate"
-        return logits
 
 
 @pytest.mark.parametrize("how", ["break", "raise", "close", "unread", "next"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,3 +88,18 @@ def forced(ids: Sequence[int]) -> Callable[[list[int], torch.Tensor], torch.Tens
         return only
 
     return force
+
+
+class Gate:
+    """A logits processor that lets so many tokens pass and holds the next until opened."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(output) >= self.free:
+            self.reached.set()
+            assert self.opened.wait(30), "nobody opened the gate"
+        return logits
