@@ -11,8 +11,9 @@ from collections import deque
 
 import torch
 
-from llmapi._runtime.batch import StepBatch, build_batch, wanted_positions
+from llmapi._runtime.batch import build_batch, wanted_positions
 from llmapi._runtime.engine import Engine
+from llmapi._runtime.flight import Flight
 from llmapi._runtime.job import Job
 from llmapi._runtime.logprobs import prompt_logprobs
 from llmapi._runtime.plan import Entry, StepPlan
@@ -41,6 +42,7 @@ class EngineLoop:
         self._jobs: dict[Request, Job] = {}
         self._arriving: deque[Job] = deque()
         self._aborting: deque[str] = deque()
+        self._flight: Flight | None = None
         self._closing = False
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -90,7 +92,9 @@ class EngineLoop:
     def _main(self) -> None:
         while True:
             with self._wake:
-                while not (self._arriving or self._aborting or self._closing or self._scheduler.has_work):
+                while not (
+                    self._arriving or self._aborting or self._closing or self._flight or self._scheduler.has_work
+                ):
                     self._wake.wait()
                 if self._closing:
                     break
@@ -104,16 +108,63 @@ class EngineLoop:
         self._engine.close()
 
     def _step(self) -> None:
+        """Admit, schedule, run, sample, commit. Where a step's tokens need no host work to be chosen, the next step is
+        planned and launched before they are known here: their places hold references that the engine fills in.
+        """
         self._admit()
         plan = self._scheduler.schedule()
         if plan is None:
+            self._land()
             return
+        flight = self._launch(plan)
+        self._land()
+        self._scheduler.commit(plan)
+        self._flight = flight
+        if flight.overlaps:
+            flight.reserve()
+        else:
+            self._land()
+
+    def _launch(self, plan: StepPlan) -> Flight:
+        """Start a step: everything up to its tokens, which :meth:`_land` waits for."""
         for entry in plan.entries:
             self._jobs[entry.seq.request].start()
         batch = build_batch(plan, self._engine.config.block_size, self._prompt_rows_done)
         logits = self._engine.step(batch)
-        self._commit(plan, batch, logits)
+        rows: list[SampleRow] = []
+        picked: list[int] = []
+        overlaps, first = True, 0
+        for entry, count in zip(plan.entries, batch.logits_rows, strict=True):
+            job = self._jobs[entry.seq.request]
+            if job.wants_prompt:
+                self._keep_prompt_rows(job, entry, logits[first : first + count])
+            if entry.produces_logits:
+                rows.append(SampleRow(entry.seq, _draws(entry.seq)))
+                picked.append(first + count - 1)
+                overlaps = overlaps and self._sampler.overlaps(rows[-1])
+            first += count
         self.steps += 1
+        if not rows:
+            return Flight(rows, None, overlaps=True)
+        if not overlaps:
+            self._land()  # what these rows are sampled by may depend on the tokens before
+        wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked, device=logits.device)]
+        return Flight(rows, self._sampler.start(wanted, rows), overlaps)
+
+    def _land(self) -> None:
+        """Wait for the tokens of the step in flight, if there is one, and turn them into what happens next."""
+        flight, self._flight = self._flight, None
+        if flight is None or flight.pending is None:
+            return
+        for row, reserved, sampled in zip(flight.rows, flight.reserved(), flight.pending.result(), strict=True):
+            owner = self._jobs.get(row.sequence.request)
+            if owner is None or row.sequence.finished:
+                continue  # it ended while the step ran, or failed at the row of a sibling
+            try:
+                self._commit_row(owner, row.sequence, sampled, reserved)
+            except Exception as error:  # such as a tokenizer's; the others have no part in it
+                log.exception("request %s failed", owner.request.id)
+                self._fail(owner, error)
 
     def _admit(self) -> None:
         """Take in what arrived since the last step, and let go of what was aborted."""
@@ -131,32 +182,6 @@ class EngineLoop:
         job = self._jobs[entry.seq.request]
         return job.prompt_rows if job.wants_prompt else None
 
-    def _commit(self, plan: StepPlan, batch: StepBatch, logits: torch.Tensor) -> None:
-        """Turn logits into tokens, and tokens into what happens next."""
-        rows: list[SampleRow] = []
-        picked: list[int] = []
-        first = 0
-        for entry, count in zip(plan.entries, batch.logits_rows, strict=True):
-            job = self._jobs[entry.seq.request]
-            if job.wants_prompt:
-                self._keep_prompt_rows(job, entry, logits[first : first + count])
-            if entry.produces_logits:
-                rows.append(SampleRow(entry.seq, _draws(entry.seq)))
-                picked.append(first + count - 1)
-            first += count
-        self._scheduler.commit(plan)
-        if rows:
-            wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked)]
-            for row, sampled in zip(rows, self._sampler(wanted, rows), strict=True):
-                owner = self._jobs.get(row.sequence.request)
-                if owner is None:
-                    continue  # it failed at the row of a sibling
-                try:
-                    self._commit_row(owner, row.sequence, sampled)
-                except Exception as error:  # such as a tokenizer's; the others have no part in it
-                    log.exception("request %s failed", owner.request.id)
-                    self._fail(owner, error)
-
     def _keep_prompt_rows(self, job: Job, entry: Entry, logits: torch.Tensor) -> None:
         """Keep what the user wants to know of the prompt: row ``t`` tells of token ``t + 1``."""
         params, ids = job.request.params, job.request.prompt_token_ids
@@ -173,7 +198,9 @@ class EngineLoop:
             job.prompt_logprobs += prompt_logprobs(logits[: len(told)], following, params.prompt_logprobs, decode)
         job.prompt_rows += count
 
-    def _commit_row(self, job: Job, seq: Sequence, sampled: Sampled) -> None:
+    def _commit_row(self, job: Job, seq: Sequence, sampled: Sampled, reserved: bool) -> None:
+        if reserved:
+            del seq.token_ids[-1]  # the reference that stood in for the token
         if sampled.error is not None:
             self._fail(job, sampled.error)
             return
@@ -241,6 +268,7 @@ class EngineLoop:
         self._end_job(job, "error")
 
     def _fail_all(self, error: BaseException) -> None:
+        self._flight = None
         for job in list(self._jobs.values()):
             self._fail(job, error)
 

@@ -32,7 +32,8 @@ class Sequence:
     Attributes:
         request: the request this belongs to.
         index: position among the request's sequences.
-        token_ids: prompt ids followed by generated ids.
+        token_ids: prompt ids followed by generated ids. While a step is in flight the last one may be a reference to
+            its result, a negative number; see :class:`llmapi._runtime.flight.Flight`.
         num_prompt: how many of them are prompt.
         num_computed: how many leading tokens have their KV in the cache.
         num_cached: how many leading tokens were found in the prefix cache when it was first admitted.
@@ -58,12 +59,15 @@ class Sequence:
 
     @property
     def output_ids(self) -> list[int]:
-        """Generated token ids."""
-        return self.token_ids[self.num_prompt :]
+        """Generated token ids that are known."""
+        known = self.token_ids[self.num_prompt :]
+        if known and known[-1] < 0:
+            del known[-1]
+        return known
 
     @property
     def num_output(self) -> int:
-        """How many tokens were generated."""
+        """How many tokens were generated, one still in flight included."""
         return len(self.token_ids) - self.num_prompt
 
     @property

@@ -33,7 +33,7 @@ from llmapi._runtime.request import Sequence
 from llmapi.errors import RequestError
 from llmapi.outputs import Logprob
 
-__all__ = ["SampleRow", "Sampled", "Sampler", "SamplerTokenizer", "prompt_logprobs"]
+__all__ = ["ReadyTokens", "SampleRow", "Sampled", "Sampler", "SamplerTokenizer", "prompt_logprobs"]
 
 
 class SamplerTokenizer(Encoder, Protocol):
@@ -74,6 +74,17 @@ class Sampled:
     error: RequestError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ReadyTokens:
+    """Tokens that were chosen already; see :class:`llmapi._runtime.flight.Pending`."""
+
+    sampled: list[Sampled]
+
+    def result(self) -> list[Sampled]:
+        """The tokens of each row."""
+        return self.sampled
+
+
 class Sampler:
     """Chooses tokens for a batch of rows.
 
@@ -95,6 +106,14 @@ class Sampler:
         self._vocab = vocab_size
         self._tokenizer = tokenizer
         self._edits = LogitEdits(vocab_size, tokenizer)
+
+    def overlaps(self, row: SampleRow) -> bool:
+        """Whether the next step may be planned before this row's tokens are known to the host: never, here."""
+        return False
+
+    def start(self, logits: Tensor, rows: Rows[SampleRow]) -> ReadyTokens:
+        """Begin to choose; the choice is waited for with ``result()``. Arguments as those of a call."""
+        return ReadyTokens(self(logits, rows))
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, rows: Rows[SampleRow]) -> list[Sampled]:

@@ -1,0 +1,47 @@
+"""Flight: a step that was launched and whose tokens are not known on the host yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from llmapi._runtime.sampler import Sampled, SampleRow
+
+
+class Pending(Protocol):
+    """Tokens on their way."""
+
+    def result(self) -> list[Sampled]:
+        """Wait for them."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """A launched step.
+
+    While it flies, a sequence whose next token is not its last carries a reference in that token's place, ``~row``: row
+    ``row`` of the step launched last. The engine puts the token there before the next step reads it.
+
+    Attributes:
+        rows: what is sampled.
+        pending: the tokens; None where no row is sampled.
+        overlaps: whether the next step may be planned before the tokens are known.
+    """
+
+    rows: list[SampleRow]
+    pending: Pending | None
+    overlaps: bool
+    _reserved: list[bool] = field(default_factory=list)
+
+    def reserve(self) -> None:
+        """Append the references. A sequence that gets its last token gets none: it has nothing more to compute."""
+        for index, row in enumerate(self.rows):
+            seq = row.sequence
+            wanted = not seq.finished and seq.num_output + 1 < seq.request.max_tokens
+            if wanted:
+                seq.token_ids.append(~index)
+            self._reserved.append(wanted)
+
+    def reserved(self) -> list[bool]:
+        """For each row, whether a reference stands in its sequence."""
+        return self._reserved or [False] * len(self.rows)
