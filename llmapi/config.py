@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmapi import _device
 from llmapi.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 BACKENDS = ("cpu", "cuda", "tensorrt")
 DTYPES = ("float32", "float16", "bfloat16")
 _CPU_DTYPES = ("float32", "bfloat16")
+_DEFAULT_BATCH = {"cpu": 64, "cuda": 256}
+_DEFAULT_TOKENS = {"cpu": 512, "cuda": 8192}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BLOCK_SIZES = (8, 16, 32, 64, 128)
 
@@ -24,7 +27,7 @@ class KvCacheConfig:
     """Memory of keys and values.
 
     Args:
-        block_size: tokens a block: 8, 16, 32, 64 or 128; ``"auto"`` is 16.
+        block_size: tokens a block: 8, 16, 32, 64 or 128; ``"auto"`` is 16 on the CPU and 64 on a GPU.
         max_tokens: size of the cache in tokens over all sequences; None sizes it by memory.
         memory_bytes: size of the cache in bytes; None sizes it from what is free.
         memory_fraction: share of the free memory to take where neither of the above is given, in (0, 1]. None is a
@@ -161,9 +164,7 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
             f"tensor_parallel_size={options.tensor_parallel_size}: the {backend} backend runs on one device; "
             "leave tensor_parallel_size at 1"
         )
-    dtype = "float32" if options.dtype == "auto" else options.dtype
-    if dtype not in _CPU_DTYPES:
-        raise ConfigError(f"dtype={dtype!r} does not run on the cpu backend: use {' or '.join(_CPU_DTYPES)}")
+    dtype = _dtype(options.dtype, backend, spec)
     limit = spec.max_position_embeddings
     max_seq_len = options.max_seq_len or limit
     if max_seq_len > limit:
@@ -171,8 +172,8 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
             f"max_seq_len={max_seq_len} is more than the {limit} positions that this model was made for: give at most "
             f"{limit}, or none for {limit}"
         )
-    max_batch_size = options.max_batch_size or 64
-    max_num_tokens = options.max_num_tokens or max(512, max_batch_size)
+    max_batch_size = options.max_batch_size or _DEFAULT_BATCH[backend]
+    max_num_tokens = options.max_num_tokens or max(_DEFAULT_TOKENS[backend], max_batch_size)
     if max_num_tokens < max_batch_size:
         raise ConfigError(
             f"max_num_tokens={max_num_tokens} is less than max_batch_size={max_batch_size}: a step must have room "
@@ -181,10 +182,12 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
     kv_dtype = dtype if options.kv_cache.dtype == "auto" else options.kv_cache.dtype
     if kv_dtype != dtype:
         raise ConfigError(
-            f"KV cache dtype={kv_dtype!r} with dtype={dtype!r}: the cpu backend keeps keys and values in the model's "
-            "type; leave it at 'auto'"
+            f"KV cache dtype={kv_dtype!r} with dtype={dtype!r}: the {backend} backend keeps keys and values in the "
+            "model's type; leave it at 'auto'"
         )
-    block_size = 16 if options.kv_cache.block_size == "auto" else options.kv_cache.block_size
+    block_size = options.kv_cache.block_size
+    if block_size == "auto":
+        block_size = 64 if backend == "cuda" else 16
     return EngineConfig(
         backend=backend,
         dtype=dtype,
@@ -204,6 +207,29 @@ def _check_share(name: str, value: object) -> None:
 
 
 def _backend(asked: str) -> Backend:
-    if asked in ("auto", "cpu"):
+    """The backend to take; "auto" is a GPU where there is one that can be used."""
+    if asked == "cpu":
         return "cpu"
-    raise ConfigError(f"backend={asked!r} is not part of this release: use backend='cpu' or 'auto'")
+    if asked == "tensorrt":
+        raise ConfigError("backend='tensorrt' is not part of this release: use backend='cuda', 'cpu' or 'auto'")
+    problem = _device.cuda_problem()
+    if problem is None:
+        return "cuda"
+    if asked == "auto":
+        return "cpu"
+    raise ConfigError(f"backend='cuda' cannot run here: {problem}; or use backend='cpu'")
+
+
+def _dtype(asked: str, backend: Backend, spec: TransformerSpec) -> str:
+    """The type of weights and activations; on a GPU, "auto" is the checkpoint's own if that has 16 bits."""
+    if backend == "cpu":
+        if asked not in ("auto", *_CPU_DTYPES):
+            raise ConfigError(f"dtype={asked!r} does not run on the cpu backend: use {' or '.join(_CPU_DTYPES)}")
+        return "float32" if asked == "auto" else asked
+    has_bfloat16 = _device.cuda_capability() >= (8, 0)
+    if asked == "auto":
+        asked = "float16" if spec.dtype == "float16" else "bfloat16"
+        return asked if has_bfloat16 else "float16"
+    if asked == "bfloat16" and not has_bfloat16:
+        raise ConfigError("dtype='bfloat16' needs a GPU of compute capability 8.0 (Ampere) or newer: use 'float16'")
+    return asked

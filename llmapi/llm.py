@@ -140,7 +140,6 @@ class LLM:
         from llmapi._runtime.blocks import BlockPool
         from llmapi._runtime.inputs import RequestMaker
         from llmapi._runtime.loop import EngineLoop
-        from llmapi._runtime.sampler import Sampler
         from llmapi._runtime.scheduler import Scheduler
 
         prepared, config = self._prepared, self._prepared.config
@@ -151,7 +150,7 @@ class LLM:
             max_batch_size=config.max_batch_size,
             max_seq_len=config.max_seq_len,
         )
-        sampler = Sampler(prepared.spec.vocab_size, prepared.tokenizer)
+        sampler = engine.sampler(prepared.tokenizer)
         self._refusals = itertools.count()
         self._loop = EngineLoop(engine, scheduler, sampler)
         self._maker = RequestMaker(
@@ -353,6 +352,8 @@ class LLM:
         if not isinstance(folder, (str, PathLike)):
             raise ConfigError(f"folder={folder!r}: give the name of a new folder")
         p = self._prepared
+        if p.weights is None:
+            raise ConfigError("this LLM has random weights that were made on the GPU: there is nothing to save")
         save_engine(
             full_path("folder", folder),
             model=self.model,

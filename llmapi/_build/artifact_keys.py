@@ -84,9 +84,16 @@ def engine_key(spec: TransformerSpec, config: EngineConfig, graph_digest: str) -
             Part("constants", canonical(spec.to_json()["rope"])),
             *(Part(name, canonical(value)) for name, value in config.shape_parts().items()),
             Part("kernels", _sources("_kernels")),
-            Part("target", "cpu"),
+            Part("target", _target(config.backend)),
         ]
     )
+
+
+def _target(backend: str) -> str:
+    """What a compiled step runs on. The machine code of kernels is kept apart, under the GPU's architecture, so that the
+    step itself is the same for every GPU.
+    """
+    return "cpu" if backend == "cpu" else "cuda"
 
 
 def misfit(manifest: Manifest) -> str | None:

@@ -3,3 +3,5 @@
 WEIGHTS_FILE = "model.safetensors"
 GRAPH_FILE = "graph.json"
 CONSTANTS_FILE = "constants.safetensors"
+CUBIN_FILE = "kernel.cubin"
+TUNING_FILE = "tuning.json"

@@ -26,6 +26,8 @@ from llmapi.models.spec import TransformerSpec
 if TYPE_CHECKING:
     import torch
 
+    from llmapi._kernels.nvrtc import Unit
+
 log = logging.getLogger("llmapi")
 
 
@@ -177,6 +179,39 @@ class Builder:
         (digest,) = snapshot.digests().values()
         key = tokenizer_key(digest)
         return self._obtain("tokenizer", "tokenizer", key, snapshot.model, lambda staging: convert(staging.path))
+
+    def cubin(self, unit: Unit, arch: str) -> bytes:
+        """Machine code of a kernel, compiled if the cache has none.
+
+        Args:
+            unit: the specialization.
+            arch: for what.
+        """
+        from llmapi._build.compiled import cached_cubin
+
+        return cached_cubin(self._store, unit, arch)
+
+    def tuning(self, key: Key, label: str, measure: Callable[[], dict[str, int]]) -> dict[str, int]:
+        """Measured choices, measured if the cache has none.
+
+        Args:
+            key: what they depend on.
+            label: the model's name.
+            measure: makes the table.
+        """
+        from llmapi._build.compiled import cached_tuning
+
+        with self.report.phase("tune") as phase:
+            measured: list[bool] = []
+
+            def noted() -> dict[str, int]:
+                measured.append(True)
+                return measure()
+
+            table = cached_tuning(self._store, key, label, noted)
+            phase.note = "measured" if measured else "cache hit"
+        self.report.keys["tuning"] = key.digest
+        return table
 
     def close(self) -> None:
         """Let go of the artifacts; the cache may then evict them."""

@@ -6,6 +6,7 @@ merged tensor is a view too. The file is plain safetensors; any reader of the fo
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,21 @@ class TensorFile:
             raise CacheError(f"{path} has {total} bytes instead of {self._base + end}: remove it and build again")
         self._bytes = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)
         self.path = path
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self._bytes.numel()
+
+    def moved(self, data: torch.Tensor) -> TensorFile:
+        """The same tensors, as views of a copy of the file's bytes.
+
+        Args:
+            data: ``[nbytes]`` uint8 on any device, aligned to 16 bytes.
+        """
+        other = copy.copy(self)
+        other._bytes = data
+        return other
 
     def names(self) -> list[str]:
         """Every tensor's name, in the file's order."""

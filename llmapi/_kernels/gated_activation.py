@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from llmapi._kernels import gated_activation_cuda
 from llmapi._kernels.op import Op, Sample
 from llmapi.models.activations import ACTIVATIONS
 
@@ -40,6 +41,7 @@ GATED_ACTIVATION = Op(
     schema="(Tensor gate_up, str kind) -> Tensor",
     shape=lambda gate_up, kind: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
     reference=gated_activation,
+    cuda=gated_activation_cuda.gated_activation,
     cpu=_cpu,
     samples=_samples,
     tolerance={torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3},

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from llmapi._kernels import norm_cuda
 from llmapi._kernels.op import Op, Sample
 
 _TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -99,6 +100,7 @@ RMS_NORM = Op(
     schema="(Tensor x, Tensor weight, float eps) -> Tensor",
     shape=lambda x, weight, eps: torch.empty_like(x),
     reference=rms_norm,
+    cuda=norm_cuda.rms_norm,
     cpu=_rms_norm_cpu,
     samples=_rms_samples,
     tolerance=_TOLERANCE,
@@ -109,6 +111,7 @@ ADD_RMS_NORM = Op(
     schema="(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     shape=lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x)),
     reference=add_rms_norm,
+    cuda=norm_cuda.add_rms_norm,
     cpu=_add_rms_norm_cpu,
     samples=_add_rms_samples,
     tolerance=_TOLERANCE,
@@ -119,6 +122,7 @@ ADD_LAYER_NORM = Op(
     schema="(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
     shape=lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x)),
     reference=add_layer_norm,
+    cuda=norm_cuda.add_layer_norm,
     cpu=_add_layer_norm_cpu,
     samples=_add_layer_samples,
     tolerance=_TOLERANCE,

@@ -39,6 +39,7 @@ class Op:
         reference: plain torch, written for clarity in float32 or better: the oracle.
         cpu: the CPU implementation, called as ``cpu(*args, plan=...)`` where :attr:`reads_plan`, else ``cpu(*args)``;
             None binds the reference.
+        cuda: the launch on a GPU, called as ``cuda(gpu, *args)``; None where an engine binds the operator itself.
         reads_plan: whether ``cpu`` takes the step's :class:`~llmapi._kernels.plan.StepPlanCPU`.
         samples: seeded inputs that together exercise every argument, in a dtype.
         tolerance: largest relative error (L2 norm) of an implementation, by dtype.
@@ -54,6 +55,7 @@ class Op:
     tolerance: Mapping[torch.dtype, float]
     reason: str
     cpu: Callable[..., Any] | None = None
+    cuda: Callable[..., Any] | None = None
     reads_plan: bool = False
     mutates: tuple[int, ...] = field(default=())
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from llmapi._kernels import rotary_cuda
 from llmapi._kernels.op import Op, Sample
 from llmapi._kernels.plan import CpuPlan
 
@@ -142,6 +143,7 @@ ROTARY_COS_SIN = Op(
     schema="(Tensor positions, Tensor inv_freq, float scale) -> Tensor",
     shape=lambda positions, inv_freq, scale: inv_freq.new_empty(positions.shape[0], 2 * inv_freq.shape[0]),
     reference=rotary_cos_sin,
+    cuda=rotary_cuda.rotary_cos_sin,
     samples=_cos_sin_samples,
     tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6},
     reason="float32 whatever the model's dtype; angles are one float32 product, as the models were trained with",
@@ -154,6 +156,7 @@ ROTARY_KV_WRITE = Op(
     ),
     shape=_write_shape,
     reference=rotary_kv_write,
+    cuda=rotary_cuda.rotary_kv_write,
     cpu=_write_cpu,
     reads_plan=True,
     mutates=(3, 4),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llmapi._runtime.batch import StepBatch
+from llmapi._runtime.sampler import Sampler, SamplerTokenizer
 from llmapi.config import EngineConfig
 from llmapi.errors import ConfigError
 from llmapi.models.spec import TransformerSpec
@@ -28,15 +29,26 @@ class Engine(ABC):
     num_blocks: int
 
     @abstractmethod
-    def step(self, batch: StepBatch) -> torch.Tensor:
-        """Copy blocks, then run the batch.
+    def step(self, batch: StepBatch, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        """Copy blocks, then run the batch. On a GPU the step is queued, and the caller goes on.
 
         Args:
+            sampled: what the step before chose, ``[rows]`` int32 on the engine's device; an input id ``~row`` stands
+                for its ``row``. None where every id of the batch is known.
             batch: at most ``max_num_tokens`` tokens of at most ``max_batch_size`` sequences.
 
         Returns:
-            ``[len(batch.logits_indices), vocab_size]`` float32 logits.
+            ``[len(batch.logits_indices), vocab_size]`` logits in float32 or the model's dtype, on the engine's device,
+            valid until the next step.
         """
+
+    def sampler(self, tokenizer: SamplerTokenizer | None) -> Sampler:
+        """What chooses tokens from this engine's logits.
+
+        Args:
+            tokenizer: None where there is none.
+        """
+        return Sampler(self.spec.vocab_size, tokenizer)
 
     @abstractmethod
     def close(self) -> None:

@@ -67,7 +67,7 @@ class CpuEngine(Engine):
         self._closed = False
 
     @torch.inference_mode()
-    def step(self, batch: StepBatch) -> torch.Tensor:
+    def step(self, batch: StepBatch, sampled: torch.Tensor | None = None) -> torch.Tensor:
         """Copy blocks, then run the batch; see :class:`Engine`."""
         if self._closed:
             raise EngineClosedError("this engine was closed: make a new LLM")

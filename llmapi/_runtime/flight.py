@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+
 from llmapi._runtime.sampler import Sampled, SampleRow
 
 
 class Pending(Protocol):
     """Tokens on their way."""
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """``[rows]`` int32 on the engine's device, where the next step may take them from; None where it never does."""
 
     def result(self) -> list[Sampled]:
         """Wait for them."""

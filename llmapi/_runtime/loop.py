@@ -130,7 +130,8 @@ class EngineLoop:
         for entry in plan.entries:
             self._jobs[entry.seq.request].start()
         batch = build_batch(plan, self._engine.config.block_size, self._prompt_rows_done)
-        logits = self._engine.step(batch)
+        before = None if self._flight is None or self._flight.pending is None else self._flight.pending.ids
+        logits = self._engine.step(batch, before)
         rows: list[SampleRow] = []
         picked: list[int] = []
         overlaps, first = True, 0

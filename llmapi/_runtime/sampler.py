@@ -79,6 +79,7 @@ class ReadyTokens:
     """Tokens that were chosen already; see :class:`llmapi._runtime.flight.Pending`."""
 
     sampled: list[Sampled]
+    ids: Tensor | None = None
 
     def result(self) -> list[Sampled]:
         """The tokens of each row."""

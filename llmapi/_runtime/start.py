@@ -16,6 +16,7 @@ from llmapi._build.report import BuildReport
 from llmapi._build.saved import SavedEngine, is_saved, load_saved
 from llmapi._build.store import Store
 from llmapi._digests import DigestMemory
+from llmapi._runtime.engine import Engine
 from llmapi._runtime.find_tokenizer import find_tokenizer
 from llmapi._source import Snapshot
 from llmapi._source import resolve as resolve_source
@@ -75,6 +76,9 @@ class Prepared:
     Attributes:
         spec, config: the model and the resolved limits.
         tokenizer: None where it was skipped or, for dummy weights, where there is none.
+        label: the model's name.
+        dummy_seed: seed of random weights that the engine makes itself; None where it reads ``weights``.
+        utilization: share of the GPU's memory that may be used.
         stop_token_ids: ids that end a sequence of this model.
         weights, engine: artifact folders, held by ``builder`` until it is closed.
     """
@@ -83,10 +87,13 @@ class Prepared:
     config: EngineConfig
     tokenizer: Tokenizer | None
     stop_token_ids: tuple[int, ...]
-    weights: Path
+    weights: Path | None
     engine: Path
     builder: Builder
     report: BuildReport
+    label: str
+    utilization: float
+    dummy_seed: int | None = None
 
 
 def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
@@ -146,11 +153,15 @@ def _from_source(
         snapshot, config_json, recipe = find_recipe(options, engine, digests)
     spec, config = recipe.spec, recipe.config
     tokenizer = find_tokenizer(options, snapshot, builder, digests)
-    weights = builder.weights(recipe)
+    makes_weights = config.backend == "cuda" and recipe.dummy_seed is not None  # on the GPU, in no time
+    weights = None if makes_weights else builder.weights(recipe)
     compiled = builder.engine(recipe, snapshot.model)
     report.hashed_bytes = digests.hashed_bytes
     stops = _stop_token_ids(snapshot, config_json, tokenizer)
-    return Prepared(spec, config, tokenizer, stops, weights, compiled, builder, report)
+    return Prepared(
+        spec, config, tokenizer, stops, weights, compiled, builder, report, snapshot.model,
+        engine.gpu_memory_utilization, recipe.dummy_seed if makes_weights else None,
+    )  # fmt: skip
 
 
 def find_recipe(
@@ -215,7 +226,10 @@ def _from_saved(
     home = saved.path if saved.has_tokenizer else None
     tokenizer = find_tokenizer(options, home, builder, digests)
     compiled = builder.saved_engine(Recipe(None, None, saved.spec, config), saved)
-    return Prepared(saved.spec, config, tokenizer, saved.stop_token_ids, saved.weights, compiled, builder, report)
+    return Prepared(
+        saved.spec, config, tokenizer, saved.stop_token_ids, saved.weights, compiled, builder, report, saved.model,
+        engine.gpu_memory_utilization,
+    )  # fmt: skip
 
 
 def _stop_token_ids(snapshot: Snapshot, config: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
@@ -236,7 +250,7 @@ def _stop_token_ids(snapshot: Snapshot, config: dict[str, Any], tokenizer: Token
     return tuple(sorted(ids))
 
 
-def load_engine(prepared: Prepared, *, progress: bool) -> Any:
+def load_engine(prepared: Prepared, *, progress: bool) -> Engine:
     """Load what was prepared.
 
     Args:
@@ -244,19 +258,28 @@ def load_engine(prepared: Prepared, *, progress: bool) -> Any:
         progress: whether to draw a bar.
 
     Returns:
-        the :class:`~llmapi._runtime.engine.Engine`.
+        the engine of the backend that was asked for.
     """
     from llmapi._build.graph import Graph
     from llmapi._build.tensor_file import TensorFile
-    from llmapi._runtime.engine_cpu import CpuEngine
 
-    with prepared.report.phase("load") as phase, _progress.bar("load", 1, enabled=progress) as done:
-        weights = TensorFile(prepared.weights / WEIGHTS_FILE)
-        tables = TensorFile(prepared.engine / CONSTANTS_FILE)
-        graph = Graph.parse((prepared.engine / GRAPH_FILE).read_text(encoding="utf-8"))
-        constants = {name: tables.read([name]) for name in tables.names()}
-        engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config)
-        phase.nbytes = weights.path.stat().st_size
+    tables = TensorFile(prepared.engine / CONSTANTS_FILE)
+    graph = Graph.parse((prepared.engine / GRAPH_FILE).read_text(encoding="utf-8"))
+    constants = {name: tables.read([name]) for name in tables.names()}
+    with prepared.report.phase("load") as phase:
+        weights = None if prepared.weights is None else TensorFile(prepared.weights / WEIGHTS_FILE)
+        engine: Engine
+        if prepared.config.backend == "cuda":
+            from llmapi._runtime.load_cuda import load_cuda
+
+            engine = load_cuda(prepared, graph, weights, constants, progress=progress)
+        else:
+            from llmapi._runtime.engine_cpu import CpuEngine
+
+            assert weights is not None
+            with _progress.bar("load", 1, enabled=progress) as done:
+                engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config)
+                done(1)
+        phase.nbytes = 0 if weights is None else weights.nbytes
         phase.note = f"{engine.num_blocks} KV blocks of {prepared.config.block_size} tokens"
-        done(1)
     return engine

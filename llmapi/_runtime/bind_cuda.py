@@ -1,0 +1,179 @@
+"""Binder: what runs on the GPU for each node of the graph. Decided once, at load.
+
+Three nodes need more than a launch: attention, which is two kernels that share a workspace; rotary embedding, which
+leaves the queries where they are; and linear layers, for which the fastest of several implementations is taken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from llmapi._build.graph import Graph, Node, Ref
+from llmapi._kernels import OPS
+from llmapi._kernels.context_attention_cuda import ContextAttention
+from llmapi._kernels.decode_attention_cuda import DecodeAttention
+from llmapi._kernels.gated_activation_cuda import gated_activation
+from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.rotary_cuda import rotary_kv_write
+from llmapi._runtime.linear_cuda import CudaLinear, LinearChoices
+from llmapi._runtime.program import Call, Slot, call_of, torch_function
+from llmapi._runtime.step_buffers import StepShape
+from llmapi.config import EngineConfig
+from llmapi.errors import BuildError
+from llmapi.models.spec import TransformerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class CudaPlan:
+    """What attention needs to know about a step on the host.
+
+    Attributes:
+        decode, context: whether the step may have sequences of one token at its beginning, and others.
+        seqs: rows of the arrays.
+        counts: ``[4]`` on the GPU: sequences of one token at the beginning, sequences, tokens, rows of logits.
+        seq_lens, query_start: the step's arrays.
+    """
+
+    decode: bool
+    context: bool
+    seqs: int
+    counts: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start: torch.Tensor
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, torch.Tensor], shape: StepShape, decodes: int) -> CudaPlan:
+        """For a step with this many sequences of one token at its beginning."""
+        names = ("counts", "seq_lens", "query_start")
+        return cls(decodes > 0, decodes < shape.seqs, shape.seqs, *(arrays[name] for name in names))
+
+    @classmethod
+    def any(cls, arrays: Mapping[str, torch.Tensor], shape: StepShape) -> CudaPlan:
+        """For every step of a shape."""
+        names = ("counts", "seq_lens", "query_start")
+        return cls(True, not shape.decode, shape.seqs, *(arrays[name] for name in names))
+
+
+class Binder:
+    """Implementations for one engine.
+
+    Args:
+        gpu: the device.
+        graph: the step.
+        values: weights by name.
+        spec: the model.
+        config: limits and types.
+
+    Attributes:
+        choices: which implementation a linear layer takes, by its shape and the number of rows.
+    """
+
+    def __init__(
+        self, gpu: Gpu, graph: Graph, values: Mapping[str, Any], spec: TransformerSpec, config: EngineConfig
+    ) -> None:
+        self._gpu = gpu
+        self._values = values
+        self._graph = graph
+        self._nodes = {node.name: node for node in graph.nodes}
+        self._uses = Counter(name for node in graph.nodes for name in _refs(node))
+        self._uses[graph.output.name] += 1
+        dtype, kv_dtype = getattr(torch, config.dtype), getattr(torch, config.kv_dtype)
+        heads: dict[str, Any] = {
+            "dtype": dtype, "kv_dtype": kv_dtype, "heads": spec.num_heads, "kv_heads": spec.num_kv_heads,
+            "head_dim": spec.head_dim, "block_size": config.block_size,
+            "max_batch_size": config.max_batch_size, "max_seq_len": config.max_seq_len,
+        }  # fmt: skip
+        self._decode = DecodeAttention(gpu, **heads)
+        self._context = ContextAttention(gpu, **heads, max_num_tokens=config.max_num_tokens)
+        self.choices = LinearChoices(gpu, dtype)
+
+    def linear_groups(self) -> list[tuple[str | None, list[torch.Tensor]]]:
+        """Linear layers of one shape and epilogue: the activation fused into them, if any, and their weights."""
+        groups: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+        for node in self._graph.nodes:
+            if node.op == "aten.linear.default" and isinstance(node.args[1], Ref):
+                weight = self._values[node.args[1].name]
+                consumer = self._gate_of(node)
+                gate = None if consumer is None else str(consumer.args[1])
+                groups.setdefault((gate, *weight.shape), []).append(weight)
+        return [(key[0], weights) for key, weights in groups.items()]
+
+    def begin(self, plan: CudaPlan) -> None:
+        """Launch what divides the step's attention among the multiprocessors; once, before all layers."""
+        if plan.context:
+            self._context.plan(plan.seq_lens, plan.query_start, plan.counts)
+
+    def implement(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Call:
+        """The call of a node; see :class:`llmapi._runtime.program.Program`."""
+        if node.op == "aten.linear.default":
+            if self._gate_of(node) is not None:
+                (slot,) = (a for a in args[:1] if isinstance(a, Slot))
+                return lambda env: env[slot]  # the activation that follows computes both
+            return call_of(CudaLinear(self.choices, args[1], args[2] if len(args) > 2 else None), args[:1], {})
+        if node.op == "llmapi.gated_activation.default":
+            producer = self._nodes.get(node.args[0].name)
+            if producer is not None and self._gate_of(producer) is node:
+                return self._gated(producer, args)
+            return call_of(partial(gated_activation, self._gpu), args, kwargs)
+        if node.op == "llmapi.rotary_kv_write.default":
+            alone = self._uses[node.args[0].name] == 1
+            return call_of(partial(rotary_kv_write, self._gpu, in_place=alone), args, kwargs)
+        if node.op == "llmapi.paged_attention.default":
+            return call_of(self._attention, args, kwargs, plan=True)
+        if node.op in OPS:
+            launch = OPS[node.op].cuda
+            if launch is None:
+                raise BuildError(f"{node.op} at {node.path} has no implementation for CUDA: use backend='cpu'")
+            return call_of(partial(launch, self._gpu), args, kwargs)
+        return call_of(torch_function(node.op), args, kwargs)
+
+    def _gate_of(self, linear: Node) -> Node | None:
+        """The gated activation that is all that reads a linear layer's result."""
+        if linear.op != "aten.linear.default" or self._uses[linear.name] != 1:
+            return None
+        for node in self._graph.nodes:
+            if node.op == "llmapi.gated_activation.default" and node.args[0] == Ref(linear.name):
+                return node
+        return None
+
+    def _gated(self, linear: Node, args: list[Any]) -> Call:
+        weight, *bias = (self._values[ref.name] for ref in linear.args[1:] if isinstance(ref, Ref))
+        return call_of(CudaLinear(self.choices, weight, bias[0] if bias else None, gate=str(args[1])), args[:1], {})
+
+    def _attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start: torch.Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+        alibi_slopes: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        *,
+        plan: CudaPlan,
+    ) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        options: dict[str, Any] = {
+            "scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        }  # fmt: skip
+        if plan.decode:
+            self._decode(out, q, k_cache, v_cache, block_tables, seq_lens, None, counts=plan.counts, **options)
+        if plan.context:
+            self._context(
+                out, q, k_cache, v_cache, block_tables, seq_lens, query_start, plan.counts, planned=True, **options
+            )
+        return out
+
+
+def _refs(node: Node) -> list[str]:
+    return [value.name for value in (*node.args, *node.kwargs.values()) if isinstance(value, Ref)]

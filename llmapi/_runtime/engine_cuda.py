@@ -1,0 +1,189 @@
+"""CudaEngine: runs the graph on an NVIDIA GPU with the project's kernels, under CUDA graphs where a step is short."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmapi._build.graph import Graph
+from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.nvrtc import Unit
+from llmapi._runtime.batch import StepBatch
+from llmapi._runtime.bind_cuda import Binder, CudaPlan
+from llmapi._runtime.engine import Engine, num_kv_blocks
+from llmapi._runtime.graphs_cuda import Graphs
+from llmapi._runtime.program import Program
+from llmapi._runtime.step_buffers import StepBuffers, StepShape, num_decodes
+from llmapi.config import EngineConfig
+from llmapi.errors import ConfigError, EngineClosedError
+from llmapi.models.spec import TransformerSpec
+
+if TYPE_CHECKING:
+    from llmapi._runtime.sampler import Sampler, SamplerTokenizer
+
+log = logging.getLogger("llmapi")
+
+GRAPH_RESERVE = 512 << 20
+"""Bytes left free for CUDA graphs and for what libraries allocate behind torch's back."""
+
+
+class CudaEngine(Engine):
+    """Runs a graph on a GPU.
+
+    Args:
+        graph: the exported, rewritten step.
+        weights: gives the weights by input name, on the device.
+        constants: the graph's small tables by name.
+        spec: the model.
+        config: limits and types.
+        gpu: the device, with its kernels.
+        utilization: share of the GPU's memory that this process may use.
+        tune: decides which implementation each linear layer takes; None takes cuBLAS throughout.
+
+    Raises:
+        ConfigError: the weights or the KV cache do not fit.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Callable[[], Mapping[str, torch.Tensor]],
+        constants: Mapping[str, torch.Tensor],
+        spec: TransformerSpec,
+        config: EngineConfig,
+        *,
+        gpu: Gpu,
+        utilization: float,
+        tune: Callable[[Binder], None] | None = None,
+    ) -> None:
+        self.spec, self.config, self._gpu = spec, config, gpu
+        self._closed = False
+        device = gpu.device
+        width = -(-config.max_seq_len // config.block_size)
+        try:
+            values: dict[str, Any] = dict(weights())
+            values.update({name: table.to(device) for name, table in constants.items()})
+            self._buffers = StepBuffers(device, config.max_num_tokens, config.max_batch_size, width)
+            self._binder = Binder(gpu, graph, values, spec, config)
+            if tune is not None:
+                tune(self._binder)
+            names = [f"{kind}_cache.{layer}" for layer in range(spec.num_layers) for kind in "kv"]
+            shape = (config.block_size, spec.num_kv_heads, spec.head_dim)
+            dtype = getattr(torch, config.kv_dtype)
+            tiny = torch.zeros(1, *shape, dtype=dtype, device=device)
+            self._program = Program.bind(graph, values | dict.fromkeys(names, tiny), self._binder.implement)
+            peak = self._measure_peak()
+            free = lambda: _free_bytes(device, utilization, peak)  # noqa: E731
+            self.num_blocks = num_kv_blocks(config, spec, free, 1.0)
+            self._caches = {n: torch.zeros(self.num_blocks, *shape, dtype=dtype, device=device) for n in names}
+        except torch.cuda.OutOfMemoryError as error:
+            raise ConfigError(f"{_memory_line(device, spec, config)}: {error}") from error
+        self._program = Program.bind(graph, values | self._caches, self._binder.implement)
+        pointers = [cache.data_ptr() for cache in self._caches.values()]
+        self._cache_pointers = torch.tensor(pointers, dtype=torch.int64, device=device)
+        self._block_bytes = next(iter(self._caches.values()))[0].nbytes
+        self._graphs = Graphs(config.max_batch_size, config.max_num_tokens)
+
+    def sampler(self, tokenizer: SamplerTokenizer | None) -> Sampler:
+        """A sampler that chooses on the GPU."""
+        return super().sampler(tokenizer)
+
+    @torch.inference_mode()
+    def step(self, batch: StepBatch, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        """Queue a step; see :class:`Engine`. The logits are valid until the next step."""
+        if self._closed:
+            raise EngineClosedError("this engine was closed: make a new LLM")
+        with torch.cuda.device(self._gpu.device):
+            if batch.copies:
+                self._copy_blocks(batch.copies)
+            rows = len(batch.logits_indices)
+            decodes = num_decodes(batch)
+            wanted = StepShape(len(batch.input_ids), len(batch.seq_lens), rows, decodes == len(batch.input_ids))
+            shape = self._graphs.shape(wanted)
+            layout = self._buffers.upload(batch, shape or wanted)
+            self._resolve_ids(layout.device, sampled)
+            if shape is None:
+                plan = CudaPlan.of(layout.device, wanted, decodes)
+                logits = self._run(plan, layout.device)
+            else:
+                logits = self._graphs.replay(
+                    shape, lambda: self._run(CudaPlan.any(layout.device, shape), layout.device)
+                )
+            return logits[:rows]
+
+    def _run(self, plan: CudaPlan, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        self._binder.begin(plan)
+        logits: torch.Tensor = self._program.run(plan, inputs)
+        return logits
+
+    def _resolve_ids(self, arrays: Mapping[str, torch.Tensor], sampled: torch.Tensor | None) -> None:
+        ids = arrays["input_ids"]
+        kernel = self._gpu.kernel(Unit.of("step.cu"), "resolve_ids", "pppi")
+        kernel((-(-len(ids) // 256), 1, 1), 256, arrays["source_ids"], sampled, ids, len(ids))
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        pairs = torch.tensor(copies, dtype=torch.int32).pin_memory().to(self._gpu.device, non_blocking=True)
+        kernel = self._gpu.kernel(Unit.of("step.cu"), "copy_blocks", "ppl")
+        grid = (len(copies), len(self._caches), 1)
+        kernel(grid, 256, self._cache_pointers, pairs, self._block_bytes)
+
+    def _measure_peak(self) -> int:
+        """Bytes that the largest step takes beyond what is allocated now."""
+        config, device = self.config, self._gpu.device
+        tokens, seqs = config.max_num_tokens, min(config.max_batch_size, config.max_num_tokens)
+        each = [tokens // seqs + (i < tokens % seqs) for i in range(seqs)]
+        each = [min(n, config.max_seq_len) for n in each]
+        starts = [0]
+        for n in each:
+            starts.append(starts[-1] + n)
+        total = starts[-1]
+        blocks = [[0] * -(-n // config.block_size) for n in each]
+        last = [s - 1 for s in starts[1:]]
+        zeros = [0] * total
+        batch = StepBatch(zeros, zeros, [-1] * total, blocks, each, starts, last, [1] * seqs, [])
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with torch.inference_mode(), torch.cuda.device(device):
+            shape = StepShape(total, seqs, seqs, total == seqs)
+            layout = self._buffers.upload(batch, shape)
+            self._resolve_ids(layout.device, None)
+            self._run(CudaPlan.of(layout.device, shape, num_decodes(batch)), layout.device)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def close(self) -> None:
+        """Give back the GPU's memory: graphs, caches, weights, kernels."""
+        if self._closed:
+            return
+        self._closed = True
+        torch.cuda.synchronize(self._gpu.device)
+        self._graphs.close()
+        del self._program, self._caches, self._binder, self._buffers, self._cache_pointers
+        gc.collect()
+        self._gpu.close()
+        clear: Any = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if clear is not None:
+            clear()
+        torch.cuda.empty_cache()
+
+
+def _free_bytes(device: torch.device, utilization: float, peak: int) -> int:
+    """Bytes for the KV cache: the share of the GPU that may be used, less what is used and what a step needs."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, int(total * utilization) - (total - free) - peak - GRAPH_RESERVE)
+
+
+def _memory_line(device: torch.device, spec: TransformerSpec, config: EngineConfig) -> str:
+    free, total = torch.cuda.mem_get_info(device)
+    token = spec.kv_bytes_per_token(config.kv_dtype_bytes)
+    return (
+        f"the model does not fit: {torch.cuda.get_device_name(device)} has {total / 2**30:.1f} GiB, of which "
+        f"{free / 2**30:.1f} GiB are free now; keys and values take {token:,} bytes a token. Use a smaller model, "
+        "max_num_tokens or kv_cache_config, or end other programs that use this GPU"
+    )

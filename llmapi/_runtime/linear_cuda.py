@@ -1,0 +1,131 @@
+"""Linear layers on the GPU: the project's kernel for few rows, cuBLAS for many; which one, measurement decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from llmapi._kernels.gated_activation_cuda import gated_activation
+from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
+
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""Numbers of rows for which linear layers are tuned; others take the choice of the next larger one."""
+
+CUBLAS = -1
+"""The choice that stands for torch's own product."""
+
+
+class LinearChoices:
+    """Which implementation to take.
+
+    Args:
+        gpu: the device.
+        dtype: of weights and activations.
+
+    Attributes:
+        table: variant of the project's kernel, or :data:`CUBLAS`, by :meth:`name`.
+        kernel: the project's kernel; None where it does not serve the type.
+    """
+
+    def __init__(self, gpu: Gpu, dtype: torch.dtype) -> None:
+        self.gpu = gpu
+        self.table: dict[str, int] = {}
+        self.kernel = SkinnyLinear(gpu, dtype=dtype, max_rows=ROWS[-1]) if dtype != torch.float32 else None
+
+    @staticmethod
+    def name(rows: int, n: int, k: int, gate: str | None) -> str:
+        """The name of a case in the table: rows rounded up, outputs, inputs, activation."""
+        bucket = next(r for r in ROWS if r >= rows)
+        return f"{bucket}x{n}x{k}" + (f" {gate}" if gate else "")
+
+    def variant(self, rows: int, n: int, k: int, gate: str | None) -> int | None:
+        """The variant of the kernel to take; None for cuBLAS."""
+        if self.kernel is None or rows > ROWS[-1] or not self.kernel.supports(rows, n, k):
+            return None
+        found = self.table.get(self.name(rows, n, k, gate), CUBLAS)
+        return None if found == CUBLAS else found
+
+    def tune(self, groups: list[tuple[str | None, list[torch.Tensor]]], rows: tuple[int, ...] = ROWS) -> None:
+        """Measure every case.
+
+        Args:
+            groups: fused activation and weights of linear layers of one shape.
+            rows: numbers of rows to measure.
+        """
+        for gate, weights in groups:
+            n, k = weights[0].shape
+            for count in rows:
+                if self.kernel is not None and self.kernel.supports(count, n, k):
+                    self.table[self.name(count, n, k, gate)] = self._fastest(count, gate, weights)
+
+    def _fastest(self, rows: int, gate: str | None, weights: list[torch.Tensor]) -> int:
+        n, k = weights[0].shape
+        x = torch.randn(rows, k, device=weights[0].device).to(weights[0].dtype)
+        kernel = self.kernel
+        assert kernel is not None
+
+        def product(weight: torch.Tensor) -> None:
+            out = F.linear(x, weight)
+            if gate is not None:
+                gated_activation(self.gpu, out, gate)
+
+        def own(variant: int) -> Callable[[torch.Tensor], None]:
+            out = torch.empty(rows, n // 2 if gate else n, dtype=x.dtype, device=x.device)
+            return lambda weight: kernel(out, x, weight, None, gate=gate, variant=variant)
+
+        candidates = {CUBLAS: product} | {variant: own(variant) for variant in kernel.variants(rows, n, k)}
+        times = {name: _time(call, weights) for name, call in candidates.items()}
+        return min(times, key=lambda name: times[name])
+
+
+def _time(call: Callable[[torch.Tensor], None], weights: list[torch.Tensor]) -> float:
+    """Seconds of one call, in a graph over many weights, so that none of them is in the GPU's L2 cache."""
+    for weight in weights[:2]:
+        call(weight)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for weight in weights:
+            call(weight)
+    best = float("inf")
+    for _ in range(3):
+        start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3 / len(weights))
+    return best
+
+
+class CudaLinear:
+    """``x @ weight.T + bias``, or the gated activation of it.
+
+    Args:
+        choices: which implementation to take.
+        weight: ``[out, in]``.
+        bias: ``[out]`` or None.
+        gate: activation of the first half of the outputs, which then multiplies the second half.
+    """
+
+    def __init__(
+        self, choices: LinearChoices, weight: torch.Tensor, bias: torch.Tensor | None, gate: str | None = None
+    ) -> None:
+        self._choices, self._weight, self._bias, self._gate = choices, weight, bias, gate
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, in]`` to ``[T, out]``, or half as many columns with a gate."""
+        rows, (n, k) = x.shape[0], self._weight.shape
+        variant = self._choices.variant(rows, n, k, self._gate)
+        if variant is None:
+            out = F.linear(x, self._weight, self._bias)
+            return out if self._gate is None else gated_activation(self._choices.gpu, out, self._gate)
+        out = x.new_empty(rows, n if self._gate is None else n // 2)
+        assert self._choices.kernel is not None
+        self._choices.kernel(out, x, self._weight, self._bias, gate=self._gate, variant=variant)
+        return out

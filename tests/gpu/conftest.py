@@ -1,0 +1,42 @@
+"""GPU tests: skipped where torch sees no GPU; a build cache of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmapi._kernels.gpu import Gpu
+
+
+@pytest.fixture(autouse=True)
+def needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("this machine has no NVIDIA GPU that torch can use")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline_and_quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No network, no bars, and no cache but the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        patch.setenv("LLMAPI_CACHE_DIR", str(tmp_path_factory.mktemp("default-cache")))
+        patch.setenv("LLMAPI_PROGRESS", "0")
+        yield
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build cache shared by the session: kernels are compiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Iterator[Gpu]:
+    """The GPU, with kernels compiled as they are asked for."""
+    found = Gpu(torch.device("cuda", 0))
+    yield found
+    found.close()
