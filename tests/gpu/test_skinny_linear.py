@@ -1,0 +1,200 @@
+"""Skinny products against torch in float64: every bucket, variant, epilogue and odd size; independence of rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.nvrtc import Unit, compile_unit
+from llmapi._kernels.op import relative_error
+from llmapi._kernels.skinny_linear_cuda import BUCKETS, SkinnyLinear, Variant
+from llmapi.models.activations import ACTIVATIONS
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16)
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+"""One rounding to the output's type; the sums are in float32."""
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Gpu]:
+    if not torch.cuda.is_available():
+        pytest.skip("this machine has no NVIDIA GPU that torch can use")
+    cubins: dict[Unit, bytes] = {}
+    gpu = Gpu(torch.device("cuda"), lambda unit, arch: cubins[unit] if unit in cubins else compile_unit(unit, arch))
+    listed = SkinnyLinear(gpu, dtype=torch.bfloat16).variants
+    wanted = {  # most of what the tests need, compiled side by side
+        Variant.of(code).unit(dtype, bucket, gate)
+        for dtype in ("bfloat16", "float16")
+        for bucket in BUCKETS
+        for code in listed(bucket, 4096, 4096)
+        for gate in (range(5) if bucket in (8, 16, 64) else [0])
+    }
+    with ThreadPoolExecutor() as pool:
+        cubins.update(zip(wanted, pool.map(lambda unit: compile_unit(unit, gpu.arch), wanted), strict=True))
+    yield gpu
+    torch.cuda.synchronize()
+    gpu.close()
+
+
+@pytest.fixture(scope="module")
+def products(gpu: Gpu) -> dict[torch.dtype, SkinnyLinear]:
+    return {dtype: SkinnyLinear(gpu, dtype=dtype) for dtype in DTYPES}
+
+
+def generator() -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(random.SystemRandom().randrange(1 << 40))
+
+
+def matrix(g: torch.Generator, rows: int, columns: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=g, device="cuda").mul_(scale).to(dtype)
+
+
+def expected(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gate: str | None = None,
+) -> torch.Tensor:
+    y = x.double() @ weight.double().T
+    if bias is not None:
+        y += bias.double()
+    if gate:
+        first, second = y.chunk(2, -1)
+        y = ACTIVATIONS[gate](first) * second
+    return y if residual is None else y + residual.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_every_variant(products: dict[torch.dtype, SkinnyLinear], dtype: torch.dtype, bucket: int) -> None:
+    g, product = generator(), products[dtype]
+    for n, k in ((1536, 576), (200, 1544), (4096, 1024)):
+        for rows in {1, max(1, bucket - 3), bucket}:
+            x, weight = matrix(g, rows, k, dtype), matrix(g, n, k, dtype, k**-0.5)
+            out = torch.full((rows, n), float("nan"), dtype=dtype, device="cuda")
+            assert product.supports(rows, n, k)
+            for variant in product.variants(bucket, n, k):
+                product(out.fill_(float("nan")), x, weight, variant=variant)
+                error = relative_error(out, expected(x, weight))
+                assert error <= TOLERANCE[dtype], (g.initial_seed(), rows, n, k, variant, error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "n,k", [(8, 8), (64, 4096), (576, 576), (192, 576), (576, 1536), (3072, 576), (4104, 72), (24, 11008)]
+)
+def test_odd_sizes(products: dict[torch.dtype, SkinnyLinear], dtype: torch.dtype, n: int, k: int) -> None:
+    g, product = generator(), products[dtype]
+    for rows in (1, 2, 7, 13, 33, 61):
+        x, weight = matrix(g, rows, k, dtype), matrix(g, n, k, dtype, k**-0.5)
+        out = torch.full((rows, n), float("nan"), dtype=dtype, device="cuda")
+        for variant in product.variants(rows, n, k):
+            product(out.fill_(float("nan")), x, weight, variant=variant)
+            error = relative_error(out, expected(x, weight))
+            assert error <= TOLERANCE[dtype], (g.initial_seed(), rows, n, k, variant, error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", [None, *ACTIVATIONS])
+def test_epilogues(products: dict[torch.dtype, SkinnyLinear], dtype: torch.dtype, gate: str | None) -> None:
+    g, product = generator(), products[dtype]
+    for rows, n, k in ((1, 3072, 576), (16, 1072, 1096), (50, 2064, 520)):
+        columns = n // 2 if gate else n
+        x, weight = matrix(g, rows, k, dtype), matrix(g, n, k, dtype, k**-0.5)
+        bias, residual = matrix(g, 1, n, dtype)[0], matrix(g, rows, columns, dtype)
+        for b, r in ((None, None), (bias, None), (None, residual), (bias, residual)):
+            for variant in product.variants(rows, n, k)[::3]:
+                out = torch.full((rows, columns), float("nan"), dtype=dtype, device="cuda")
+                product(out, x, weight, b, residual=r, gate=gate, variant=variant)
+                error = relative_error(out, expected(x, weight, b, r, gate))
+                assert error <= TOLERANCE[dtype], (g.initial_seed(), rows, n, k, variant, error)
+
+
+def test_strided_rows_and_a_residual_in_place(products: dict[torch.dtype, SkinnyLinear]) -> None:
+    g, product = generator(), products[torch.bfloat16]
+    for rows in (1, 5, 40):
+        wide, weight = matrix(g, rows, 1536, torch.bfloat16), matrix(g, 640, 512, torch.bfloat16, 0.05)
+        x, sums = wide[:, 512:1024], matrix(g, rows, 1280, torch.bfloat16)
+        before = sums.clone()
+        for variant in product.variants(rows, 640, 512):
+            sums.copy_(before)
+            product(sums[:, 320:960], x, weight, residual=sums[:, 320:960], variant=variant)
+            error = relative_error(sums[:, 320:960], expected(x, weight, residual=before[:, 320:960]))
+            assert error <= TOLERANCE[torch.bfloat16], (g.initial_seed(), rows, variant, error)
+            assert torch.equal(sums[:, :320], before[:, :320]) and torch.equal(sums[:, 960:], before[:, 960:])
+
+
+def test_a_row_does_not_depend_on_the_others_nor_on_the_moment(
+    products: dict[torch.dtype, SkinnyLinear], gpu: Gpu
+) -> None:
+    g, product = generator(), products[torch.bfloat16]
+    x, weight = matrix(g, 64, 2048, torch.bfloat16), matrix(g, 4096, 2048, torch.bfloat16)
+    some = [
+        Variant(0, 1, 3),
+        *([Variant(1, 1, 4), Variant(2, 1, 4), Variant(1, 2, 3)] if gpu.capability >= (9, 0) else []),
+    ]
+    for variant in [v.code for v in some]:
+        whole = torch.empty(64, 4096, dtype=torch.bfloat16, device="cuda")
+        product(whole, x, weight, variant=variant)
+        for rows in (1, 3, 8, 16, 24, 32, 48, 64):
+            for _ in range(5):
+                out = torch.empty(rows, 4096, dtype=torch.bfloat16, device="cuda")
+                product(out, x[:rows], weight, variant=variant)
+                assert torch.equal(out, whole[:rows]), (g.initial_seed(), variant, rows)
+
+
+def test_a_chain_in_a_graph(products: dict[torch.dtype, SkinnyLinear]) -> None:
+    """Products that read each other's results, launched so that they overlap; replayed with new inputs."""
+    g, product = generator(), products[torch.bfloat16]
+    weights = [
+        (matrix(g, 3072, 1024, torch.bfloat16, 0.03), matrix(g, 1024, 1536, torch.bfloat16, 0.03)) for _ in range(6)
+    ]
+    for rows in (1, 16, 64):
+        x = torch.zeros(rows, 1024, dtype=torch.bfloat16, device="cuda")
+        inner, outer = x.new_empty(rows, 1536), x.new_empty(rows, 1024)
+
+        def chain(x: torch.Tensor = x, inner: torch.Tensor = inner, outer: torch.Tensor = outer) -> None:
+            outer.copy_(x)
+            for up, down in weights:
+                product(inner, outer, up, gate="silu")
+                product(outer, inner, down, residual=outer)
+
+        chain()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chain()
+        for _ in range(10):
+            x.copy_(matrix(g, rows, 1024, torch.bfloat16))
+            graph.replay()
+            y = x
+            for up, down in weights:
+                y = expected(expected(y, up, gate="silu").bfloat16(), down, residual=y).bfloat16()
+            error = relative_error(outer, y)
+            assert error <= 2e-2, (g.initial_seed(), rows, error)
+
+
+def test_refusals(products: dict[torch.dtype, SkinnyLinear], gpu: Gpu) -> None:
+    product = products[torch.bfloat16]
+    assert not product.supports(65, 64, 64) and not product.supports(1, 64, 63) and not product.supports(0, 64, 64)
+    x = torch.zeros(2, 64, dtype=torch.bfloat16, device="cuda")
+    weight, out = x.new_zeros(32, 64), x.new_zeros(2, 32)
+    for call in (
+        lambda: product(out, x[:, :60], weight[:, :60].contiguous()),
+        lambda: product(out, x, weight.T.contiguous().T),
+        lambda: product(out[:, :16], x, weight),
+        lambda: product(out.half(), x, weight),
+        lambda: product(out, x.new_zeros(129)[1:].view(2, 64), weight),
+        lambda: SkinnyLinear(gpu, dtype=torch.float32),
+        lambda: SkinnyLinear(gpu, dtype=torch.float16, max_rows=128),
+    ):
+        with pytest.raises(ValueError):
+            call()
