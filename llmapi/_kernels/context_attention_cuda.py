@@ -1,0 +1,332 @@
+"""Context attention on NVIDIA GPUs: prompts and chunks of prompts against the paged KV cache.
+
+Two kernels compute the same: ``csrc/context_attention.cu`` runs everywhere (FlashAttention-2, Dao 2023,
+arXiv:2307.08691); ``csrc/context_attention_sm90.cu`` uses Hopper's own instructions (FlashAttention-3, Shah et al.
+2024, arXiv:2407.08608). Both take their work from a queue that ``csrc/context_attention_plan.cu`` writes once a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmapi._kernels.gpu import Gpu, Kernel
+from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit
+from llmapi.errors import BuildError
+
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+BLOCK_SIZES = (8, 16, 32, 64, 128)
+
+_PLAN = Unit.of("context_attention_plan.cu")
+_ENTRY_BYTES = 32
+_QUEUE_BYTES = 16
+_L2_SHARE = 3  # keys and values of the heads at work take at most this part of the cache
+_MAPS = 4096
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """How a kernel cuts its work.
+
+    Attributes:
+        rows: query rows of an item.
+        threads: of a block.
+        shared: bytes of dynamic shared memory of a block.
+        defines: macros.
+    """
+
+    rows: int
+    threads: int
+    shared: int
+    defines: dict[str, int]
+
+
+def _portable(dtype: torch.dtype, head_dim: int, shared_memory: int) -> _Tiles:
+    """The largest tiles of ``context_attention.cu`` that fit into a block's shared memory."""
+    if dtype == torch.float32:
+        return _Tiles(16, 128, 0, {"LLM_WARPS": 4})
+    for row_tiles, keys in ((2, 64), (1, 64), (1, 32), (1, 16)):
+        rows = 64 * row_tiles
+        shared = (rows + 2 * keys) * (head_dim + 8) * 2
+        if (row_tiles == 1 or head_dim <= 96) and (keys == 64 or head_dim > 64) and shared + 64 <= shared_memory:
+            return _Tiles(rows, 128, shared, {"LLM_WARPS": 4, "LLM_ROW_TILES": row_tiles, "LLM_KEYS": keys})
+    raise BuildError(
+        f"context attention with head size {head_dim} needs {shared} bytes of shared memory a block; this GPU has "
+        f"{shared_memory}"
+    )
+
+
+_HOPPER = {64: (2, 128, 2, 2), 128: (2, 128, 2, 2), 192: (2, 96, 2, 1), 256: (2, 64, 2, 1)}
+"""Tiles of ``context_attention_sm90.cu`` by head size: warpgroups, keys, stages, query buffers."""
+
+
+def _hopper(head_dim: int, block_size: int, shape: tuple[int, int, int, int] | None = None) -> _Tiles:
+    groups, keys, stages, queries = shape or _HOPPER[head_dim]
+    shared = (64 * groups * queries + 2 * stages * keys) * head_dim * 2 + 1024
+    return _Tiles(
+        64 * groups,
+        128 * (groups + 1),
+        shared,
+        {
+            "LLM_GROUPS": groups,
+            "LLM_KEYS": keys,
+            "LLM_STAGES": stages,
+            "LLM_QUERIES": queries,
+            "LLM_BOX": math.gcd(keys, block_size),
+        },
+    )
+
+
+def _unit(source: str, dtype: torch.dtype, head_dim: int, tiles: _Tiles, **more: int) -> Unit:
+    macro = int(DTYPE_MACRO[str(dtype).removeprefix("torch.")])
+    return Unit.of(source, LLM_DTYPE=macro, LLM_HEAD_DIM=head_dim, **tiles.defines, **more)
+
+
+def units(dtype: str) -> list[Unit]:
+    """A representative list of specializations.
+
+    Args:
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+    """
+    of: torch.dtype = getattr(torch, dtype)
+    found = [_PLAN]
+    for shared_memory in (65536, 101376, 232448):
+        found += [_unit("context_attention.cu", of, d, _portable(of, d, shared_memory)) for d in (64, 80, 128, 256)]
+    if of != torch.float32:
+        for d in _HOPPER:
+            found.append(_unit("context_attention_sm90.cu", of, d, _hopper(d, 16), LLM_ADJUST=int(d == 64)))
+    return list(dict.fromkeys(found))
+
+
+class ContextAttention:
+    """Attention of the sequences of a step that are in prefill; see :func:`llmapi._kernels.paged_attention`.
+
+    Every token of a sequence, those of this step included, must be in the cache before a call. The sequences that
+    decode come first in a step and are left alone. Lengths and counts are read on the device, so that a captured graph
+    can be replayed with others.
+
+    Args:
+        gpu: where.
+        dtype: of queries and results: float16, bfloat16 or float32 (the last for checking, slow).
+        kv_dtype: of the cache; must be ``dtype``.
+        heads, kv_heads: query heads, and key and value heads, which divide them.
+        head_dim: one of :data:`HEAD_DIMS`.
+        block_size: tokens of a cache block, one of :data:`BLOCK_SIZES`.
+        max_num_tokens: most rows of a step.
+        max_batch_size: most sequences of a step.
+        max_seq_len: most tokens of a sequence.
+        portable: use the kernel for every architecture even on Hopper.
+
+    Raises:
+        BuildError: a size that there is no kernel for.
+    """
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        *,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        max_num_tokens: int,
+        max_batch_size: int,
+        max_seq_len: int,
+        portable: bool = False,
+    ) -> None:
+        _check("dtype", dtype, (torch.float16, torch.bfloat16, torch.float32))
+        _check("kv_dtype", kv_dtype, (dtype,))
+        _check("head_dim", head_dim, HEAD_DIMS)
+        _check("block_size", block_size, BLOCK_SIZES)
+        if heads % kv_heads:
+            raise BuildError(
+                f"{heads} query heads are not a multiple of {kv_heads} key heads: correct the model's config"
+            )
+        self._gpu, self._dtype = gpu, dtype
+        self._heads, self._kv_heads, self._head_dim, self._block_size = heads, kv_heads, head_dim, block_size
+        self._max_num_tokens, self._max_batch_size, self._max_seq_len = max_num_tokens, max_batch_size, max_seq_len
+        self._hopper = gpu.arch == "sm_90a" and dtype != torch.float32 and head_dim in _HOPPER and not portable
+        if self._hopper:
+            self._tiles = _hopper(head_dim, block_size)
+        else:
+            self._tiles = _portable(dtype, head_dim, gpu.shared_memory)
+        per_sm = 1 if self._hopper else max(1, min(4, gpu.shared_memory // (self._tiles.shared + 1024)))
+        self._blocks = gpu.sms * per_sm
+        self._capacity = self._most_entries(max_num_tokens)
+        self._queue = torch.zeros(
+            (_QUEUE_BYTES + _ENTRY_BYTES * self._capacity) // 4, dtype=torch.int32, device=gpu.device
+        )
+        properties: Any = torch.cuda.get_device_properties(gpu.device)
+        self._cache_bytes = int(properties.L2_cache_size) // _L2_SHARE
+        self._plan_shared = 8 * max_batch_size
+        self._plan = gpu.kernel(_PLAN, "context_plan", "ppppiiiiii", shared=self._plan_shared, overlap=True)
+        self._kernels: dict[bool, Kernel] = {}
+        self._maps: dict[tuple[int, ...], bytes] = {}
+
+    def _most_entries(self, tokens: int) -> int:
+        """Most query tiles of a step with so many rows."""
+        rows = self._tiles.rows
+        return (tokens + (rows - 1) * min(self._max_batch_size, tokens)) // rows
+
+    def plan(self, seq_lens: torch.Tensor, query_start: torch.Tensor, counts: torch.Tensor) -> None:
+        """Write the step's queue of work; once before the calls of all layers.
+
+        Args:
+            seq_lens: ``[B]`` int32, tokens of each sequence, this step's included; 0 for none.
+            query_start: ``[B + 1]`` int32, first row of each sequence.
+            counts: int32: how many sequences decode, and how many there are in all.
+        """
+        self._plan(
+            (1, 1, 1),
+            min(1024, 32 * self._max_batch_size),
+            self._queue,
+            seq_lens,
+            query_start,
+            counts,
+            self._capacity,
+            self._tiles.rows,
+            self._kv_heads,
+            self._heads // self._kv_heads,
+            2 * self._head_dim * self._dtype.itemsize,
+            self._cache_bytes,
+            shared=self._plan_shared,
+        )
+
+    def __call__(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start: torch.Tensor,
+        counts: torch.Tensor,
+        *,
+        scale: float,
+        window: int,
+        softcap: float,
+        alibi_slopes: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        planned: bool = False,
+    ) -> None:
+        """Write the rows of the sequences in prefill.
+
+        Args:
+            out: ``[T, H, D]``, contiguous; other rows stay as they are.
+            q: ``[T, H, D]``; its rows may be parts of longer ones, 16-byte aligned.
+            k_cache, v_cache: ``[blocks, block_size, K, D]``, contiguous.
+            block_tables: ``[B, M]`` int32, padded with anything.
+            seq_lens, query_start, counts: as in :meth:`plan`.
+            scale, window, softcap: as in :func:`llmapi._kernels.paged_attention.paged_attention`.
+            alibi_slopes, sinks: ``[H]`` float32.
+            planned: :meth:`plan` has been called for this step.
+
+        Raises:
+            BuildError: a layout that the kernels cannot read.
+        """
+        if not q.shape[0]:
+            return
+        if q.stride(2) != 1 or q.stride(1) != self._head_dim or q.stride(0) * q.itemsize % 16 or q.data_ptr() % 16:
+            raise BuildError(f"queries with strides {q.stride()} are not rows of aligned heads: make them contiguous")
+        for name, tensor in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+            if tensor is not None and tensor.dtype != torch.float32:
+                raise BuildError(f"{name} are {tensor.dtype}, must be float32: convert them once at load")
+        if not planned:
+            self.plan(seq_lens, query_start, counts)
+        adjust = self._hopper and (softcap != 0.0 or alibi_slopes is not None)
+        kernel = self._kernels.get(adjust)
+        if kernel is None:
+            kernel = self._kernels[adjust] = self._kernel(adjust)
+        sources: tuple[Any, ...]
+        if self._hopper:
+            sources = (self._query_map(q), self._cache_map(k_cache), self._cache_map(v_cache))
+        else:
+            sources = (q, q.stride(0), k_cache, v_cache)
+        kernel(
+            (min(self._blocks, self._most_entries(q.shape[0]) * self._heads), 1, 1),
+            self._tiles.threads,
+            out,
+            *sources,
+            block_tables,
+            block_tables.stride(0),
+            self._queue,
+            self._heads,
+            self._kv_heads,
+            self._block_size.bit_length() - 1,
+            scale,
+            window,
+            softcap,
+            alibi_slopes,
+            sinks,
+            shared=self._tiles.shared,
+        )
+
+    def _kernel(self, adjust: bool) -> Kernel:
+        if self._hopper:
+            unit = _unit("context_attention_sm90.cu", self._dtype, self._head_dim, self._tiles, LLM_ADJUST=int(adjust))
+            entry, signature = "context_attention_sm90", "ptttpipiiififpp"
+        else:
+            unit = _unit("context_attention.cu", self._dtype, self._head_dim, self._tiles)
+            entry, signature = "context_attention", "pplpppipiiififpp"
+        return self._gpu.kernel(unit, entry, signature, shared=self._tiles.shared, overlap=True)
+
+    def _query_map(self, q: torch.Tensor) -> bytes:
+        tokens, row = q.shape[0], q.stride(0)
+        key = (q.data_ptr(), tokens, row)
+        return self._maps.get(key) or self._map(
+            key,
+            (64, tokens, self._heads * self._head_dim // 64),
+            (row * 2, 128),
+            (64, 64, self._head_dim // 64),
+        )
+
+    def _cache_map(self, cache: torch.Tensor) -> bytes:
+        blocks, row = cache.shape[0], self._kv_heads * self._head_dim
+        key = (cache.data_ptr(), blocks)
+        return self._maps.get(key) or self._map(
+            key,
+            (64, 8, row // 64, blocks * self._block_size // 8),
+            (row * 2, 128, 8 * row * 2),
+            (64, 8, self._head_dim // 64, self._tiles.defines["LLM_BOX"] // 8),
+        )
+
+    def _map(
+        self, key: tuple[int, ...], sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    ) -> bytes:
+        """Description of a tensor for the copy engine, in pieces of 128-byte rows, swizzled."""
+        from cuda.bindings import driver
+
+        kind = driver.CUtensorMapDataType
+        error, found = driver.cuTensorMapEncodeTiled(
+            kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+            if self._dtype == torch.float16
+            else kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            len(sizes),
+            key[0],
+            [driver.cuuint64_t(size) for size in sizes],
+            [driver.cuuint64_t(stride) for stride in strides],
+            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint32_t(1) for _ in sizes],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        if int(error) != 0:
+            raise BuildError(f"CUDA refused a tensor map of {sizes} in boxes of {box}: {error}")
+        if len(self._maps) >= _MAPS:
+            self._maps.clear()
+        encoded = self._maps[key] = ctypes.string_at(found.getPtr(), 128)
+        return encoded
+
+
+def _check(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise BuildError(f"context attention has no kernel for {name}={value}; it has {', '.join(map(str, allowed))}")
