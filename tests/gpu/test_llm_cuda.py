@@ -132,4 +132,4 @@ def test_close_leaves_nothing_on_the_gpu(checkpoint: Path, cache: Path) -> None:
     assert torch.cuda.memory_allocated() > before
     other.close()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.memory_allocated() <= before  # less, where cuBLAS had kept something

@@ -1,0 +1,62 @@
+"""Every kernel compiles for every architecture, with no GPU; what cannot compile says why."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import llmapi._kernels
+from llmapi._kernels import nvrtc
+from llmapi._kernels.nvrtc import ARCHITECTURES, CSRC, DTYPE_MACRO, Unit, architecture, compile_unit, key_parts
+from llmapi.errors import BuildError
+
+MODULES = sorted(m.name for m in pkgutil.iter_modules(llmapi._kernels.__path__) if m.name.endswith("_cuda"))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("module", MODULES)
+def test_every_kernel_compiles_for_every_architecture(module: str, arch: str) -> None:
+    units = importlib.import_module(f"llmapi._kernels.{module}").units
+    for dtype in DTYPE_MACRO:
+        if arch == "sm_75" and dtype == "bfloat16":
+            continue  # Turing has no bfloat16; config refuses it there
+        for unit in units(dtype):
+            code = compile_unit(unit, arch)
+            assert code[:4] == b"\x7fELF", unit.label
+
+
+def test_every_source_belongs_to_a_unit() -> None:
+    """A source file that no ``units()`` names would never be compiled by the test above."""
+    named = {u.source for m in MODULES for u in importlib.import_module(f"llmapi._kernels.{m}").units("bfloat16")}
+    assert {path.name for path in CSRC.glob("*.cu")} == named
+
+
+def test_an_error_shows_the_compilers_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.cu").write_text('extern "C" __global__ void f() { int x = ; }')
+    monkeypatch.setattr(nvrtc, "CSRC", tmp_path)
+    with pytest.raises(BuildError, match=r"bad.cu A=1 does not compile for sm_80:\n.*bad.cu\(1\): error"):
+        compile_unit(Unit.of("bad.cu", A=1), "sm_80")
+
+
+def test_a_key_knows_every_file_that_is_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.cu").write_text('#include "b.cuh"\n#include <cuda_fp16.h>\n')
+    (tmp_path / "b.cuh").write_text('#  include "c.cuh"\n')
+    (tmp_path / "c.cuh").write_text("one")
+    monkeypatch.setattr(nvrtc, "CSRC", tmp_path)
+    nvrtc.source_text_digest.cache_clear()
+    before = key_parts(Unit.of("a.cu"), "sm_90a")
+    (tmp_path / "c.cuh").write_text("two")
+    nvrtc.source_text_digest.cache_clear()
+    after = key_parts(Unit.of("a.cu"), "sm_90a")
+    nvrtc.source_text_digest.cache_clear()
+    assert {name for name in before if before[name] != after[name]} == {"source"}
+    assert key_parts(Unit.of("a.cu", N=2), "sm_90a")["defines"] == "N=2"
+
+
+def test_architectures() -> None:
+    assert architecture(8, 9) == "sm_89" and architecture(9, 0) == "sm_90a" and architecture(12, 0) == "sm_120"
+    with pytest.raises(BuildError, match=r"7\.0; the kernels need 7\.5"):
+        architecture(7, 0)
