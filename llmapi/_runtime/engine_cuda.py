@@ -17,6 +17,7 @@ from llmapi._runtime.bind_cuda import Binder, CudaPlan
 from llmapi._runtime.engine import Engine, num_kv_blocks
 from llmapi._runtime.graphs_cuda import Graphs
 from llmapi._runtime.program import Program
+from llmapi._runtime.sampler_cuda import CudaSampler
 from llmapi._runtime.step_buffers import StepBuffers, StepShape, num_decodes
 from llmapi.config import EngineConfig
 from llmapi.errors import ConfigError, EngineClosedError
@@ -90,7 +91,9 @@ class CudaEngine(Engine):
 
     def sampler(self, tokenizer: SamplerTokenizer | None) -> Sampler:
         """A sampler that chooses on the GPU."""
-        return super().sampler(tokenizer)
+        dtype = getattr(torch, self.config.dtype)
+        rows = self.config.max_batch_size
+        return CudaSampler(self._gpu, self.spec.vocab_size, tokenizer, max_rows=rows, logits_dtype=dtype)
 
     @torch.inference_mode()
     def step(self, batch: StepBatch, sampled: torch.Tensor | None = None) -> torch.Tensor:
