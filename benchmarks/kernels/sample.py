@@ -1,0 +1,199 @@
+"""Sampling on one GPU: checks, then times of every kind of settings beside torch's, by graph replay.
+
+    PYTHONPATH=. python3 benchmarks/kernels/sample.py [--flips ROWS]
+
+Logits are rotated over buffers that together exceed the L2 cache, except where one batch alone does. `limit` is one
+read of the logits at 4.5 TB/s plus 2 us for a launch. `--flips` counts over that many rows how often rounding gives
+another token than the CPU's sampler does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.sample_cuda import SampleKernels
+from llmapi._runtime.request import Request
+from llmapi._runtime.sampler import Sampler, SampleRow
+from llmapi._runtime.sampler_cuda import CudaSampler
+from llmapi.outputs import RequestMetrics
+from llmapi.sampling import SamplingParams
+
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "plain": {},
+    "top_k 50": {"temperature": 0.8, "top_k": 50},
+    "top_p .9": {"temperature": 0.8, "top_p": 0.9},
+    "k 50, p .9": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
+    "min_p .05": {"temperature": 0.8, "min_p": 0.05},
+    "penalties, k, p": {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1},
+    "k, p, 5 logprobs": {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "logprobs": 5},
+}
+SIZES = [
+    (1, 128_256),
+    (1, 32_000),
+    (64, 32_000),
+    (256, 32_000),
+    (1024, 32_000),
+    (64, 128_256),
+    (256, 128_256),
+    (1024, 128_256),
+]
+
+
+def logits_like_a_models(n: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """A few likely tokens over a broad body."""
+    x = torch.randn(n, vocab, device="cuda") * 2.5
+    peaks = torch.randint(vocab, (n, 40), device="cuda")
+    x.scatter_(1, peaks, 9 + 2 * torch.randn(n, 40, device="cuda"))
+    return x.to(dtype)
+
+
+def make_rows(n: int, params: SamplingParams) -> list[SampleRow]:
+    out = []
+    for i in range(n):
+        request = Request(f"r{i}", None, [1, 2, 3], params, i * 7919, 64, frozenset(), RequestMetrics(0.0))
+        request.sequences[0].token_ids += [5, 6]
+        out.append(SampleRow(request.sequences[0]))
+    return out
+
+
+def replay_time(launches: list[Any], repeats: int = 5) -> float:
+    """Seconds of one launch: the median over replays of a graph of all of them."""
+    for launch in launches[:2]:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / len(launches))
+    return statistics.median(times)
+
+
+def torchs_way(x: torch.Tensor, kind: dict[str, Any]) -> torch.Tensor:
+    """What one writes with torch: a full sort, its cumulative sum, a multinomial draw."""
+    if kind.get("temperature") == 0:
+        return x.argmax(1)
+    x = x.float() / kind.get("temperature", 1.0)
+    if "top_k" in kind:
+        x = x.masked_fill(x < x.topk(kind["top_k"], dim=1).values[:, -1:], -torch.inf)
+    p = x.softmax(1)
+    if "top_p" in kind:
+        falling, order = p.sort(dim=1, descending=True)
+        falling = falling.masked_fill(falling.cumsum(1) - falling > kind["top_p"], 0)
+        p = torch.zeros_like(p).scatter_(1, order, falling)
+    if "min_p" in kind:
+        p = p.masked_fill(p < kind["min_p"] * p.amax(1, keepdim=True), 0)
+    return (p / torch.empty_like(p).exponential_()).argmax(1)
+
+
+def settings(sampler: CudaSampler, rows: list[SampleRow]) -> torch.Tensor:
+    table, _ = sampler._pack(rows, [sampler._settings(r.sequence.request.params) for r in rows])
+    return torch.from_numpy(table.view(np.uint8).copy()).cuda()
+
+
+def launch(kernels: SampleKernels, packed: torch.Tensor, ids: torch.Tensor, best: int | None, x: torch.Tensor) -> None:
+    kernels(x, packed, ids)
+    if best is not None:
+        values = torch.empty(len(ids), 1 + best, device="cuda")
+        kernels.logprobs(x, packed, ids, values, torch.empty_like(values, dtype=torch.int32))
+
+
+def bench(gpu: Gpu, dtype: torch.dtype, sizes: list[tuple[int, int]]) -> None:
+    print(f"{dtype}  {gpu.name}")
+    for n, vocab in sizes:
+        bytes_ = n * vocab * dtype.itemsize
+        copies = max(2, min(40, -(-180_000_000 // bytes_)))
+        inputs = [logits_like_a_models(n, vocab, dtype) for _ in range(copies)]
+        kernels = SampleKernels(gpu, vocab_size=vocab, max_rows=n, logits_dtype=dtype)
+        sampler = CudaSampler(gpu, vocab, max_rows=n, logits_dtype=dtype)
+        ids = torch.empty(n, dtype=torch.int32, device="cuda")
+        limit = bytes_ / 4.5e12 + 2e-6
+        print(f"N {n:5d}  V {vocab:6d}  limit {limit * 1e6:6.1f} us")
+        for name, kind in KINDS.items():
+            rows = make_rows(n, SamplingParams(**kind))
+            packed = settings(sampler, rows)
+            launches = [partial(launch, kernels, packed, ids, kind.get("logprobs"), x) for x in inputs]
+            ours = replay_time(launches)
+            line = f"  {name:18s} {ours * 1e6:8.1f} us  {ours / limit:5.1f} x limit"
+            if n in (1, 256) and "penalties" not in name and "logprobs" not in name:
+                theirs = replay_time([partial(torchs_way, x, kind) for x in inputs[:3]], 3)
+                line += f"   torch {theirs * 1e6:8.1f} us"
+            print(line, flush=True)
+
+
+def host_time(gpu: Gpu, n: int, vocab: int) -> None:
+    """What start() and result() cost the host."""
+    x = logits_like_a_models(n, vocab, torch.bfloat16)
+    sampler = CudaSampler(gpu, vocab, max_rows=n, logits_dtype=torch.bfloat16)
+    rows = make_rows(n, SamplingParams(temperature=0.8, top_k=50, top_p=0.9))
+    started, waited = [], []
+    for _ in range(30):
+        torch.cuda.synchronize()
+        a = time.perf_counter()
+        pending = sampler.start(x, rows)
+        b = time.perf_counter()
+        torch.cuda.synchronize()
+        c = time.perf_counter()
+        pending.result()
+        started.append(b - a)
+        waited.append(time.perf_counter() - c)
+    a, b = statistics.median(started) * 1e6, statistics.median(waited) * 1e6
+    print(f"host, N {n:5d}: start {a:6.0f} us, result {b:6.0f} us")
+
+
+def flips(gpu: Gpu, total: int, vocab: int = 32_000) -> None:
+    """How often another token than the CPU's is drawn."""
+    for name, kind in [
+        ("k 50, p .9", KINDS["k 50, p .9"]),
+        ("top_p .9", KINDS["top_p .9"]),
+        ("plain", {}),
+        ("top_k 50", KINDS["top_k 50"]),
+    ]:
+        sampler = CudaSampler(gpu, vocab, max_rows=512, logits_dtype=torch.bfloat16)
+        different, done, start = 0, 0, time.perf_counter()
+        while done < total and time.perf_counter() - start < 4:
+            x = logits_like_a_models(512, vocab, torch.bfloat16)
+            rows = make_rows(512, SamplingParams(**kind))
+            for i, r in enumerate(rows):
+                r.sequence.request.seed = done + i
+            mine, theirs = sampler(x, rows), Sampler(vocab)(x.cpu(), rows)
+            different += sum(a.token_ids != b.token_ids for a, b in zip(mine, theirs, strict=True))
+            done += 512
+        print(f"flips, {name:12s}: {different} of {done}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--flips", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--few", action="store_true", help="N 1 and 256 only")
+    args = parser.parse_args()
+    torch.manual_seed(time.time_ns() % 1000)
+    gpu = Gpu(torch.device("cuda"))
+    sizes = [s for s in SIZES if s[0] in (1, 256)] if args.few else SIZES
+    if args.flips:
+        flips(gpu, args.flips)
+    for n in (1, 256, 1024):
+        host_time(gpu, n, 32_000)
+    bench(gpu, getattr(torch, args.dtype), sizes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""CudaSampler: :class:`~llmapi._runtime.sampler.Sampler` on the GPU, one launch for a batch.
+
+A step's settings go to the GPU in one copy, and only token ids (and the log probabilities asked for) come back, when
+they are waited for. What a row's penalties need stays on the GPU: a table of how often each token stands in the
+output, to which the kernel adds the token it chooses. So a row with penalties can be sampled again before the host
+knows its last token, and a long history costs the host nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.sample_cuda import EDIT, MAX_LOGPROBS, ROW, SampleKernels, nucleus_range
+from llmapi._runtime.draw import _COLDEST
+from llmapi._runtime.logit_edits import _completing, _held_back
+from llmapi._runtime.logprobs import _ranked
+from llmapi._runtime.request import Sequence
+from llmapi._runtime.sampler import Sampled, Sampler, SampleRow, SamplerTokenizer, _no_choice
+from llmapi._runtime.token_counts import TokenCounts
+from llmapi.errors import RequestError
+from llmapi.outputs import Logprob
+from llmapi.sampling import SamplingParams
+
+_HOTTEST = 3e38  # larger temperatures overflow float32, and are no hotter
+
+
+@dataclass(slots=True)
+class _Fixed:
+    """What all rows of one request share.
+
+    Attributes:
+        row: one of ``ROW``, without seed, stream, counter and addresses.
+        bias: entries of ``EDIT``.
+        served: whether the kernels can do it; else the sampler of the CPU does, on the GPU's tensors.
+        penalized: whether the row needs counts.
+        words: whether there are bad_words.
+        ends: whether min_tokens may mask something.
+        overlaps: whether host work is never needed between two tokens.
+    """
+
+    row: npt.NDArray[np.void]
+    bias: npt.NDArray[np.void]
+    served: bool
+    penalized: bool
+    words: bool
+    ends: bool
+    overlaps: bool
+
+
+class CudaSampler(Sampler):
+    """Chooses tokens for a batch of rows on the GPU; the same tokens as :class:`Sampler` up to rounding.
+
+    Args:
+        gpu: where.
+        vocab_size: width of the logits.
+        tokenizer: encodes bad_words and gives logprobs their texts; None where there is none.
+        max_rows: most rows in a step.
+        logits_dtype: float32, bfloat16 or float16.
+    """
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        vocab_size: int,
+        tokenizer: SamplerTokenizer | None = None,
+        *,
+        max_rows: int,
+        logits_dtype: torch.dtype,
+    ) -> None:
+        super().__init__(vocab_size, tokenizer)
+        self._device = gpu.device
+        self._kernels = SampleKernels(gpu, vocab_size=vocab_size, max_rows=max_rows, logits_dtype=logits_dtype)
+        self._counts = TokenCounts(vocab_size, gpu.device)
+        self._scratch: Tensor | None = None  # [rows, V] float32: edited logits
+        self._fixed: dict[int, tuple[weakref.ref[SamplingParams], _Fixed]] = {}
+        self._last_ids: Tensor | None = None
+
+    @property
+    def workspace_bytes(self) -> int:
+        """GPU memory held between steps: 4 bytes per vocabulary entry of each penalized and of each edited row."""
+        return self._counts.nbytes + (0 if self._scratch is None else self._scratch.nbytes)
+
+    def overlaps(self, row: SampleRow) -> bool:
+        """Whether the next step may be planned before this row's token is known to the host."""
+        return row.count == 1 and self._settings(row.sequence.request.params).overlaps
+
+    @torch.no_grad()
+    def __call__(self, logits: Tensor, rows: Rows[SampleRow]) -> list[Sampled]:
+        """See :class:`Sampler`; logits are on the GPU."""
+        return self.start(logits, rows).result()
+
+    @torch.no_grad()
+    def start(self, logits: Tensor, rows: Rows[SampleRow]) -> PendingTokens:  # type: ignore[override]
+        """Launch the choice and return.
+
+        Rows that the kernels do not serve (logits_processors, return_logits, ``count`` above 1, logprobs beyond 512)
+        are done before this returns.
+
+        Args:
+            logits: ``[N, V]`` on the GPU; may change once later work of the stream runs.
+            rows: ``N`` of them. A sequence may end in a reference to a row of the batch before (a negative number)
+                instead of its last token.
+
+        Raises:
+            ValueError: the shape of the logits is not ``[len(rows), vocab_size]``.
+        """
+        if tuple(logits.shape) != (len(rows), self._vocab):
+            raise ValueError(
+                f"logits have the shape {list(logits.shape)}, but {len(rows)} rows of {self._vocab} were expected"
+            )
+        fixed = [self._settings(row.sequence.request.params) for row in rows]
+        table, edits = self._pack(rows, fixed)
+        n = len(rows)
+        ids = torch.empty(2, n, dtype=torch.int32, device=self._device)  # ids, then reasons of failure
+        staging = torch.empty(table.nbytes + edits.nbytes, dtype=torch.uint8, pin_memory=True)
+        packed = staging.numpy()
+        packed[: table.nbytes] = table.view(np.uint8)
+        packed[table.nbytes :] = edits.view(np.uint8)
+        uploaded = staging.to(self._device, non_blocking=True)
+        listed = uploaded[table.nbytes :] if len(edits) else None
+        self._kernels(logits, uploaded, ids[0], edits=listed, reasons=ids[1])
+        pending = PendingTokens(self, list(rows), ids[0], [row.sequence.num_output for row in rows])
+        width = int(table["logprobs"].max(initial=-1))
+        if width >= 0:
+            width = min(width, self._vocab)
+            values = torch.empty(n, 1 + width, dtype=torch.float32, device=self._device)
+            tokens = torch.empty(n, 1 + width, dtype=torch.int32, device=self._device)
+            self._kernels.logprobs(logits, uploaded, ids[0], values, tokens)
+            pending.copy_logprobs(values, tokens)
+        pending.copy_ids(ids)
+        self._last_ids = ids[0]
+        others = [i for i, (row, own) in enumerate(zip(rows, fixed, strict=True)) if not own.served or row.count > 1]
+        if others:
+            at = torch.tensor(others, device=self._device)
+            sampled = super().__call__(logits[at], [rows[i] for i in others])
+            pending.ready = dict(zip(others, sampled, strict=True))
+            ids[0, at] = torch.tensor(
+                [s.token_ids[0] if s.token_ids else -1 for s in sampled], dtype=torch.int32, device=self._device
+            )
+        return pending
+
+    def _pack(self, rows: Rows[SampleRow], fixed: list[_Fixed]) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
+        """The batch's settings, ``[N]`` of ``ROW``, and its edits, ``[M]`` of ``EDIT``."""
+        table = np.array([own.row for own in fixed], dtype=ROW)
+        table["seed"] = [row.sequence.request.seed for row in rows]
+        table["stream"] = [row.sequence.index for row in rows]
+        table["counter"] = [row.sequence.num_output for row in rows]
+        edits: list[npt.NDArray[np.void]] = []
+        length, edited = 0, []
+        penalized: list[int] = []
+        for i, (row, own) in enumerate(zip(rows, fixed, strict=True)):
+            if row.count > 1:
+                table[i]["used"] = 0
+            if not own.served or row.count > 1:
+                continue
+            banned = self._banned(row.sequence, own) if own.ends or own.words else []
+            if own.penalized:
+                penalized.append(i)
+            if banned or len(own.bias):
+                bans = np.zeros(len(banned), dtype=EDIT)
+                bans["id"] = banned
+                edits += [own.bias, bans]
+                start = length + len(own.bias)
+                table["edits"][i], table["bans"][i], table["edits_end"][i] = length, start, start + len(banned)
+                length = start + len(banned)
+            elif not own.penalized:
+                continue
+            edited.append(i)
+        if penalized:
+            table["counts"][penalized] = self._counts.addresses([rows[i].sequence for i in penalized], self._last_ids)
+        if edited:
+            table["edited"][edited] = self._scratch_rows(len(edited))
+        return table, np.concatenate(edits) if edits else np.zeros(0, dtype=EDIT)
+
+    def _banned(self, sequence: Sequence, own: _Fixed) -> list[int]:
+        """Ids that may not come next; ids beyond the vocabulary are left out."""
+        banned = set(sequence.request.stop_token_ids) if _held_back(sequence) else set()
+        if own.words:
+            banned.update(_completing(self._edits._plan(sequence.request.params), sequence))
+        return [t for t in banned if t < self._vocab]
+
+    def _scratch_rows(self, count: int) -> npt.NDArray[np.uint64]:
+        if self._scratch is None or len(self._scratch) < count:
+            self._scratch = None
+            size = 1 << (count - 1).bit_length()
+            self._scratch = torch.empty(size, self._vocab, dtype=torch.float32, device=self._device)
+        step = 4 * self._vocab
+        return np.arange(count, dtype=np.uint64) * np.uint64(step) + np.uint64(self._scratch.data_ptr())
+
+    def _settings(self, params: SamplingParams) -> _Fixed:
+        """The settings of these params; forgotten with them."""
+        key = id(params)
+        entry = self._fixed.get(key)
+        if entry is not None and entry[0]() is params:
+            return entry[1]
+        kept, own = self._fixed, self._prepare(params)
+        kept[key] = weakref.ref(params, lambda _: kept.pop(key, None)), own
+        return own
+
+    def _prepare(self, p: SamplingParams) -> _Fixed:
+        plan = self._edits._plan(p)
+        served = not p.logits_processors and not p.returns_generation_logits and plan.error is None
+        served = served and (p.logprobs is None or p.logprobs <= MAX_LOGPROBS)
+        penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        row = np.zeros((), dtype=ROW)
+        row["used"] = served
+        row["temperature"] = 0.0 if p.greedy else min(max(p.temperature, _COLDEST), _HOTTEST)
+        row["top_k"] = p.top_k if 0 < p.top_k < self._vocab else 0
+        row["top_p"] = max(1, int(p.top_p * 2**53))
+        row["range"] = nucleus_range(p.top_p, self._vocab)
+        row["least"] = -int(-p.min_p * 2**44 // 1)
+        row["repetition"], row["presence"] = p.repetition_penalty, p.presence_penalty
+        row["frequency"], row["penalized"] = p.frequency_penalty, penalized
+        row["logprobs"] = -1 if p.logprobs is None else p.logprobs
+        if not served:
+            row["logprobs"] = -1
+        bias = np.zeros(0 if plan.bias is None else len(plan.bias[0]), dtype=EDIT)
+        if plan.bias is not None:
+            bias["id"], bias["value"] = plan.bias[0].numpy(), plan.bias[1].numpy()
+        return _Fixed(
+            row, bias, served, penalized, bool(plan.bad_words), p.min_tokens > 0, served and plan.longest <= 1
+        )
+
+    def _texts(self, params: SamplingParams) -> SamplerTokenizer | None:
+        return self._tokenizer if params.detokenize else None
+
+
+class PendingTokens:
+    """A batch's tokens on their way from the GPU.
+
+    Attributes:
+        ids: ``[N]`` int32 on the GPU; -1 where a row failed.
+        ready: results of rows that needed the host, by place in the batch.
+    """
+
+    def __init__(self, sampler: CudaSampler, rows: list[SampleRow], ids: Tensor, positions: list[int]) -> None:
+        self._sampler = sampler
+        self._rows = rows
+        self._positions = positions
+        self.ids = ids
+        self.ready: dict[int, Sampled] = {}
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copies: list[Tensor] = []
+        self._host = torch.empty(0, dtype=torch.int32)
+
+    def copy_logprobs(self, values: Tensor, tokens: Tensor) -> None:
+        """Begin to copy log probabilities to the host."""
+        self._copies = [_to_host(values), _to_host(tokens)]
+
+    def copy_ids(self, ids: Tensor) -> None:
+        """Begin to copy ids and reasons to the host; the last copy of the batch."""
+        self._host = _to_host(ids)
+        self._arrived.record()
+
+    def result(self) -> list[Sampled]:
+        """Wait, and give the tokens of each row."""
+        self._arrived.synchronize()
+        ids, reasons = self._host.tolist()
+        values, tokens = (copy.tolist() for copy in self._copies) if self._copies else ((), ())
+        out: list[Sampled] = []
+        for i, row in enumerate(self._rows):
+            if i in self.ready:
+                out.append(self.ready[i])
+            elif ids[i] < 0:
+                out.append(Sampled([], error=self._error(row.sequence, self._positions[i], reasons[i])))
+            else:
+                found = Sampled([ids[i]])
+                if row.sequence.request.params.logprobs is not None:
+                    found.logprobs = [self._logprobs(row.sequence.request.params, ids[i], values[i], tokens[i])]
+                out.append(found)
+        return out
+
+    def _logprobs(
+        self, params: SamplingParams, token: int, values: list[float], tokens: list[int]
+    ) -> dict[int, Logprob]:
+        tokenizer = self._sampler._texts(params)
+        decode = None if tokenizer is None else tokenizer.token_text
+        entry = {token: Logprob(values[0], tokens[0], decode(token) if decode else None)}
+        k = min(params.logprobs or 0, self._sampler._vocab)
+        for other, logprob in _ranked(tokens[1 : 1 + k], values[1 : 1 + k], decode).items():
+            entry.setdefault(other, logprob)
+        return entry
+
+    def _error(self, sequence: Sequence, position: int, reason: int) -> RequestError:
+        """The error of :class:`Sampler` for a row like this one."""
+        raw, edited = torch.zeros(2, self._sampler._vocab)
+        if reason > 0:
+            raw[:reason] = torch.nan
+        elif reason < 0:
+            raw[:] = -torch.inf
+        start = sequence.num_prompt
+        then = Sequence(sequence.request, sequence.index, [*sequence.token_ids[:start], *[0] * position], start)
+        return _no_choice(raw, edited, then)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
