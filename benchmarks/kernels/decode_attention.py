@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from llmapi._kernels.decode_attention_cuda import DecodeAttention, Form, default_forms, fit, unit
 from llmapi._kernels.gpu import Gpu
-from llmapi._kernels.nvrtc import Unit, compile_unit
+from llmapi._kernels.nvrtc import compile_unit
 from llmapi._kernels.op import relative_error
 from llmapi._kernels.paged_attention import paged_attention
 
@@ -51,14 +51,10 @@ CASES: dict[str, tuple[int, int, list[int]]] = {
 }
 
 
-def _compile(task: tuple[Unit, str]) -> bytes:
-    return compile_unit(*task)
-
-
 class Setting:
     """Inputs of one case: several disjoint sets of blocks of one pool."""
 
-    def __init__(self, pool: torch.Tensor, heads: int, kv_heads: int, lengths: list[int]) -> None:
+    def __init__(self, pool: torch.Tensor, heads: int, kv_heads: int, lengths: list[int], ordered: bool) -> None:
         self.heads, self.kv_heads, self.lengths = heads, kv_heads, lengths
         shape = (-1, BLOCK_SIZE, kv_heads, HEAD_DIM)
         half = pool.numel() // 2
@@ -66,7 +62,8 @@ class Setting:
         needed = [-(-n // BLOCK_SIZE) for n in lengths]
         self.bytes = 4 * kv_heads * HEAD_DIM * sum(lengths)
         self.sets = max(1, min(len(self.k) // sum(needed), 64))
-        order = torch.randperm(len(self.k), device="cuda").int()[: self.sets * sum(needed)].view(self.sets, -1)
+        order = torch.arange(len(self.k)) if ordered else torch.randperm(len(self.k))
+        order = order.int()[: self.sets * sum(needed)].view(self.sets, -1).cuda()
         self.tables = torch.zeros(self.sets, len(lengths), max(needed), dtype=torch.int32, device="cuda")
         for s in range(self.sets):
             for i, ids in enumerate(torch.split(order[s], needed)):
@@ -150,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="time every layout, not only the chosen one")
     parser.add_argument("--cases", help="names, separated by commas")
+    parser.add_argument("--ordered", action="store_true", help="blocks of a sequence lie in a row, not scattered")
     parser.add_argument("--json", help="write the results there")
     arguments = parser.parse_args()
     cases = {n: c for n, c in CASES.items() if not arguments.cases or n in arguments.cases.split(",")}
@@ -164,20 +162,22 @@ def main() -> None:
                 form = fit(torch.bfloat16, heads, kv_heads, HEAD_DIM, gpu.shared_memory, **options)
                 forms[label] = (form, form)
         layouts[heads, kv_heads] = forms
-    tasks = {
-        (unit(torch.bfloat16, heads, kv_heads, HEAD_DIM, BLOCK_SIZE, form), gpu.arch): None
-        for (heads, kv_heads), forms in layouts.items()
-        for pair in forms.values()
-        for form in pair
-    }
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as workers:
-        built = dict(zip(tasks, workers.map(_compile, tasks), strict=True))
-    gpu = Gpu(device, lambda u, a: built[u, a])
+    units = list(
+        {
+            unit(torch.bfloat16, heads, kv_heads, HEAD_DIM, BLOCK_SIZE, form): None
+            for (heads, kv_heads), forms in layouts.items()
+            for pair in forms.values()
+            for form in pair
+        }
+    )
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as workers:
+        built = dict(zip(units, workers.map(compile_unit, units, [gpu.arch] * len(units)), strict=True))
+    gpu = Gpu(device, lambda u, a: built[u])
 
     pool = torch.randn(POOL // 2, device="cuda", dtype=torch.bfloat16)
     results: list[dict[str, Any]] = []
     for name, (heads, kv_heads, lengths) in cases.items():
-        setting = Setting(pool, heads, kv_heads, lengths)
+        setting = Setting(pool, heads, kv_heads, lengths, arguments.ordered)
         ideal = setting.bytes / READ_RATE
         launches = min(200, max(setting.sets if ideal < 1e-4 else 3, math.ceil(4e-4 / ideal)))
         row: dict[str, Any] = {"case": name, "ideal_us": ideal * 1e6, "us": {}, "error": {}}
@@ -205,14 +205,10 @@ def main() -> None:
 
 SWEEP: dict[str, dict[str, Any]] = {
     "4x1": {"across": 1},
-    "4x2": {"across": 2},
     "4x4": {"across": 4},
-    "8x1": {"across": 1, "warps": 8, "blocks": 1},
     "8x4": {"across": 4, "warps": 8, "blocks": 1},
-    "8x8": {"across": 8, "warps": 8, "blocks": 1},
-    "4x1 3 blocks": {"across": 1, "blocks": 3},
-    "4x1 least 4": {"across": 1, "tuning": (("LEAST", 4),)},
-    "4x1 least 16": {"across": 1, "tuning": (("LEAST", 16),)},
+    "4x1 hint": {"across": 1, "tuning": (("CACHE_HINT", '".L2::128B"'),)},
+    "4x4 hint": {"across": 4, "tuning": (("CACHE_HINT", '".L2::128B"'),)},
 }
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Form:
     stages: int
     blocks: int
     shared: int
-    tuning: tuple[tuple[str, int], ...] = ()
+    tuning: tuple[tuple[str, int | str], ...] = ()
 
 
 def passes(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
@@ -62,7 +62,7 @@ def fit(
     warps: int = 4,
     blocks: int = 2,
     stages: int = _MOST_STAGES,
-    tuning: tuple[tuple[str, int], ...] = (),
+    tuning: tuple[tuple[str, int | str], ...] = (),
 ) -> Form:
     """The largest form that fits into a multiprocessor's shared memory.
 
@@ -78,8 +78,7 @@ def fit(
     if dtype == torch.float32:
         region = (rows * -(-head_dim // 32) + 2 * rows) * 128
     else:
-        tiles = -(-rows // 16)
-        region = (tiles * head_dim // 8 * (4 if rows > 8 else 2) + 4 * tiles) * 128
+        region = -(-rows // 8) * (head_dim // 4 + 4) * 128
     while True:
         while across > 1 and (warps % across or kv_heads * count % across):
             across //= 2

@@ -14,7 +14,7 @@ import torch
 
 from llmapi._kernels.decode_attention_cuda import DecodeAttention, Form, fit, unit
 from llmapi._kernels.gpu import Gpu
-from llmapi._kernels.nvrtc import Unit, architecture, compile_unit
+from llmapi._kernels.nvrtc import architecture, compile_unit
 from llmapi._kernels.op import relative_error
 from llmapi._kernels.paged_attention import PAGED_ATTENTION, paged_attention
 from llmapi.errors import BuildError
@@ -60,24 +60,20 @@ def _forms(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, gpu_sha
     return narrow, wider
 
 
-def _compile(task: tuple[Unit, str]) -> bytes:
-    return compile_unit(*task)
-
-
 @pytest.fixture(scope="module")
 def gpu() -> Gpu:
     if not torch.cuda.is_available():
         pytest.skip("this machine has no NVIDIA GPU that torch can use")
     properties = torch.cuda.get_device_properties(0)
     arch = architecture(properties.major, properties.minor)
-    tasks = {}
+    units = []
     for dtype, heads, kv_heads, head_dim, block_size in SHAPES:
         for form in _forms(DTYPES[dtype], heads, kv_heads, head_dim, properties.shared_memory_per_block_optin):
-            tasks[unit(DTYPES[dtype], heads, kv_heads, head_dim, block_size, form), arch] = None
+            units.append(unit(DTYPES[dtype], heads, kv_heads, head_dim, block_size, form))
     # A compilation holds one core for about a second; the processes need no GPU.
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
-        built = dict(zip(tasks, pool.map(_compile, tasks), strict=True))
-    return Gpu(torch.device("cuda", 0), lambda u, a: built.get((u, a)) or compile_unit(u, a))
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        built = dict(zip(units, pool.map(compile_unit, units, [arch] * len(units)), strict=True))
+    return Gpu(torch.device("cuda", 0), lambda u, a: built.get(u) or compile_unit(u, a))
 
 
 class Case:

@@ -55,41 +55,37 @@
 #define CHUNKS (HEAD_DIM * (int)sizeof(scalar_t) / 16)  // 16-byte chunks of a token's head
 #define PITCH ((CHUNKS | 1) * 16)                       // odd, so that 8 rows lie in different banks
 #define STAGE_BYTES (2 * TILE * PITCH)
+#define TOKEN_BYTES (KV_HEADS * CHUNKS * 16)
+#ifndef CACHE_HINT
+#define CACHE_HINT ""
+#endif
 #define LOG2E 1.4426950408889634f
-#define NOWHERE 0xffffffffu
 #define NO_LOGIT __int_as_float(0xff800000)  // minus infinity
 
 // Queries that one pass holds; a larger group takes several passes over the keys.
 #if LLM_DTYPE != 0 && GROUP > 16 && HEAD_DIM <= 128
-#define MTILES 2
+#define PASS 32
 #else
-#define MTILES 1
+#define PASS 16
 #endif
-#define PASS (16 * MTILES)
 #define PASSES ((GROUP + PASS - 1) / PASS)
 #define ROWS (GROUP < PASS ? GROUP : PASS)
 #define SETS (KV_HEADS * PASSES / ACROSS)
 
-// What a thread holds of a pass: OUTS accumulators in SLOTS rows; KEPT of them are of rows that can exist.
+// What a thread holds of a pass: OUTS accumulators in SLOTS rows.
 #if LLM_DTYPE == 0
 #define COLUMNS ((HEAD_DIM + 31) / 32)
 #define SLOTS ROWS
 #define OUTS (ROWS * COLUMNS)
 DEVICE constexpr int slot_of(int i) { return i / COLUMNS; }
-#define KEPT OUTS
-DEVICE constexpr bool held(int i) { return true; }
-DEVICE constexpr int kept(int i) { return i; }
 #else
-#define NTILES (HEAD_DIM / 8)
-#define HALVES (ROWS > 8 ? 2 : 1)
-#define SLOTS (MTILES * 2)
-#define OUTS (MTILES * NTILES * 4)
-DEVICE constexpr int slot_of(int i) { return i / (NTILES * 4) * 2 + (i & 3) / 2; }
-#define KEPT (MTILES * NTILES * 2 * HALVES)
-DEVICE constexpr bool held(int i) { return HALVES == 2 || (i & 2) == 0; }
-DEVICE constexpr int kept(int i) { return HALVES == 2 ? i : i / 4 * 2 + (i & 1); }
+#define NTILES ((ROWS + 7) / 8)  // of 8 queries
+#define DTILES (HEAD_DIM / 16)   // of 16 elements of the head
+#define SLOTS (NTILES * 2)
+#define OUTS (NTILES * DTILES * 4)
+DEVICE constexpr int slot_of(int i) { return i / (DTILES * 4) * 2 + (i & 1); }
 #endif
-#define REGION ((KEPT + 2 * SLOTS) * 32)  // floats through which one warp hands its state to another
+#define REGION ((OUTS + 2 * SLOTS) * 32)  // floats through which one warp hands its state to another
 static_assert(HEAD_DIM % 16 == 0 && WARPS % ACROSS == 0 && KV_HEADS * PASSES % ACROSS == 0, "shapes");
 
 struct State {
@@ -128,14 +124,22 @@ DEVICE void measure(const Work& work, int sequence, Piece& piece) {
 }
 
 DEVICE int warp_total(int x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(0xffffffffu, x);
+#else
 #pragma unroll
   for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
+#endif
 }
 DEVICE int warp_largest(int x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, x);
+#else
 #pragma unroll
   for (int offset = 16; offset; offset >>= 1) x = max(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
+#endif
 }
 DEVICE int warp_running(int x) {  // sum of the lanes up to this one
 #pragma unroll
@@ -150,10 +154,10 @@ DEVICE int warp_running(int x) {  // sum of the lanes up to this one
 DEVICE int tally(const Work& work, int rounds, int& longest, int& live) {
   int lane = threadIdx.x & 31, mine = 0;
   longest = live = 0;
-#pragma unroll 4
-  for (int c = 0; c < 32; c++) {
-    if (c * rounds * 32 >= work.count) break;
+#pragma unroll 1
+  for (int c = 0; c * rounds * 32 < work.count; c++) {
     int cost = 0;
+#pragma unroll 1
     for (int u = 0; u < rounds; u++) {
       Piece piece;
       measure(work, (c * rounds + u) * 32 + lane, piece);
@@ -176,6 +180,7 @@ DEVICE bool next(const Work& work, int stop, Piece& piece) {
   if (++piece.set < SETS) return true;
   piece.set = 0;
   int sequence = piece.sequence;
+#pragma unroll 1
   do {
     if (++sequence >= work.count) return false;
     measure(work, sequence, piece);
@@ -189,11 +194,9 @@ DEVICE float exp2_fast(float x) {
   return y;
 }
 
-// A raw score to a logit in units of log2.
-DEVICE float logit(float raw, float scale, float softcap, float slope, int distance) {
-  float x = raw * scale;
-  if (softcap > 0.0f) x = softcap - 2.0f * softcap / (1.0f + exp2_fast(2.0f * LOG2E / softcap * x));
-  return (x + slope * distance) * LOG2E;
+// limit * tanh(x / limit)
+DEVICE float cap(float x, float limit) {
+  return limit - 2.0f * limit / (1.0f + exp2_fast(2.0f * LOG2E / limit * x));
 }
 
 DEVICE void group_sync(int across) {
@@ -212,7 +215,7 @@ DEVICE void join(State& state, const float* region) {
   float keep[SLOTS], take[SLOTS];
 #pragma unroll
   for (int s = 0; s < SLOTS; s++) {
-    float other = region[(KEPT + s) * 32 + lane], sum = region[(KEPT + SLOTS + s) * 32 + lane];
+    float other = region[(OUTS + s) * 32 + lane], sum = region[(OUTS + SLOTS + s) * 32 + lane];
     float most = fmaxf(state.most[s], other);
     // Both are -inf for warps that saw no tile.
     keep[s] = most == NO_LOGIT ? 0.0f : exp2_fast(state.most[s] - most);
@@ -222,19 +225,19 @@ DEVICE void join(State& state, const float* region) {
   }
 #pragma unroll
   for (int i = 0; i < OUTS; i++) {
-    if (held(i)) state.out[i] = state.out[i] * keep[slot_of(i)] + region[kept(i) * 32 + lane] * take[slot_of(i)];
+    state.out[i] = state.out[i] * keep[slot_of(i)] + region[i * 32 + lane] * take[slot_of(i)];
   }
 }
 DEVICE void hand_over(const State& state, float* region) {
   int lane = threadIdx.x & 31;
 #pragma unroll
   for (int i = 0; i < OUTS; i++) {
-    if (held(i)) region[kept(i) * 32 + lane] = state.out[i];
+    region[i * 32 + lane] = state.out[i];
   }
 #pragma unroll
   for (int s = 0; s < SLOTS; s++) {
-    region[(KEPT + s) * 32 + lane] = state.most[s];
-    region[(KEPT + SLOTS + s) * 32 + lane] = state.sum[s];
+    region[(OUTS + s) * 32 + lane] = state.most[s];
+    region[(OUTS + SLOTS + s) * 32 + lane] = state.sum[s];
   }
 }
 
@@ -272,7 +275,9 @@ DEVICE void attend(State& state, const Queries& queries, const char* keys, const
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     float x = score[r] + __shfl_xor_sync(0xffffffffu, score[r], 16);
-    x = seen ? logit(x, scale, softcap, slopes[r], position - (piece.length - 1)) : NO_LOGIT;
+    x *= scale;
+    if (softcap > 0.0f) x = cap(x, softcap);
+    x = seen ? (x + slopes[r] * (position - (piece.length - 1))) * LOG2E : NO_LOGIT;
     float most = fmaxf(state.most[r], warp_max(x));
     float keep = exp2f(state.most[r] - most);
     score[r] = exp2f(x - most);
@@ -315,132 +320,171 @@ DEVICE void write_rows(const State& state, const float (&factor)[SLOTS], int row
   }
 }
 #else
-DEVICE int row_of(int slot) { return slot / 2 * 16 + (slot & 1) * 8 + (threadIdx.x & 31) / 4; }
+DEVICE int row_of(int slot) { return slot / 2 * 8 + (threadIdx.x & 3) * 2 + (slot & 1); }
+
+DEVICE uint32_t transpose8(uint32_t pair) {
+  uint32_t turned;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+  return turned;
+}
 
 struct Queries {
-  uint32_t part[MTILES][HEAD_DIM / 16][4];
+  uint32_t part[NTILES][DTILES][2];
 };
 DEVICE void load_queries(Queries& queries, const scalar_t* q, int rows) {
   int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int m = 0; m < MTILES; m++) {
+  for (int n = 0; n < NTILES; n++) {
+    int row = n * 8 + lane / 4;
 #pragma unroll
-    for (int k = 0; k < HEAD_DIM / 16; k++) {
+    for (int d = 0; d < DTILES; d++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int row = m * 16 + (i & 1) * 8 + lane / 4, column = k * 16 + (i >> 1) * 8 + (lane & 3) * 2;
+      for (int i = 0; i < 2; i++) {
         uint32_t pair = 0;
-        if (row < rows) pair = *reinterpret_cast<const uint32_t*>(q + row * HEAD_DIM + column);
-        queries.part[m][k][i] = pair;
+        if (row < rows) pair = *reinterpret_cast<const uint32_t*>(q + row * HEAD_DIM + d * 16 + i * 8 + (lane & 3) * 2);
+        queries.part[n][d][i] = pair;
       }
     }
   }
 }
 
-// One tile of 16 tokens: scores as 16 queries by 16 tokens, then their weights times the values.
+// Matrices are loaded FETCH at a time, so that their latencies overlap; values before the softmax where registers allow.
+#define EAGER (NTILES * DTILES <= 16)
+#define FETCH (EAGER ? (DTILES <= 8 ? DTILES : DTILES / 2) : DTILES % 4 == 0 ? 4 : DTILES % 2 == 0 ? 2 : 1)
+#define CHAINS (EAGER ? 2 : 1)  // of dependent matrix instructions for a score
+
+// One tile of 16 tokens: scores as 16 tokens by 8 queries, then values (16 elements by 16 tokens) times their weights.
 DEVICE void attend(State& state, const Queries& queries, const char* keys, const char* values, int token,
                    const Piece& piece, float scale, float softcap, const float (&slopes)[SLOTS]) {
   int lane = threadIdx.x & 31;
-  float score[MTILES][2][4];
+  float score[NTILES][CHAINS][4];
 #pragma unroll
-  for (int m = 0; m < MTILES; m++) {
+  for (int n = 0; n < NTILES; n++) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) score[m][i >> 2][i & 3] = 0.0f;
+    for (int i = 0; i < 4 * CHAINS; i++) score[n][i >> 2][i & 3] = 0.0f;
   }
-  const char* key = keys + ((lane >> 4) * 8 + (lane & 7)) * PITCH + ((lane >> 3) & 1) * 16;
+  const char* key = keys + (lane & 15) * PITCH + (lane >> 4) * 16;
+  const char* value = values + ((lane >> 4) * 8 + (lane & 7)) * PITCH + ((lane >> 3) & 1) * 16;
+  uint32_t a[FETCH][4], v[FETCH][4];
 #pragma unroll
-  for (int k = 0; k < HEAD_DIM / 16; k++) {
-    uint32_t b[4];
-    ldmatrix_x4(b, key + k * 32);
+  for (int start = 0; start < DTILES; start += FETCH) {
 #pragma unroll
-    for (int m = 0; m < MTILES; m++) {
-      mma(score[m][0], queries.part[m][k], b[0], b[1], scalar_t());
-      mma(score[m][1], queries.part[m][k], b[2], b[3], scalar_t());
+    for (int d = 0; d < FETCH; d++) ldmatrix_x4(a[d], key + (start + d) * 32);
+#pragma unroll
+    for (int d = 0; d < FETCH; d++) {
+#pragma unroll
+      for (int n = 0; n < NTILES; n++) {
+        const uint32_t(&b)[2] = queries.part[n][start + d];
+        mma(score[n][d % CHAINS], a[d], b[0], b[1], scalar_t());
+      }
     }
   }
-  bool whole = token >= piece.low && token + TILE <= piece.length;
-  bool plain = softcap <= 0.0f;
-  uint32_t weight[MTILES][4];
+  if (EAGER) {
 #pragma unroll
-  for (int m = 0; m < MTILES; m++) {
+    for (int d = 0; d < FETCH; d++) ldmatrix_x4_trans(v[d], value + d * 32);
+  }
+  bool whole = token >= piece.low && token + TILE <= piece.length;
+  int position = token + lane / 4;
+  uint32_t weight[NTILES][2];
+#pragma unroll
+  for (int n = 0; n < NTILES; n++) {
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int at = position + (i >> 1) * 8;
+      x[i] = (CHAINS == 2 ? score[n][0][i] + score[n][CHAINS - 1][i] : score[n][0][i]) * scale;
+      if (softcap > 0.0f) x[i] = cap(x[i], softcap);
+      x[i] = (x[i] + slopes[n * 2 + (i & 1)] * (at - (piece.length - 1))) * LOG2E;
+      if (!whole && (at < piece.low || at >= piece.length)) x[i] = NO_LOGIT;
+    }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      int slot = m * 2 + h;
-      if (h == 1 && HALVES == 1) {
-        weight[m][1] = weight[m][3] = 0;
-        continue;
-      }
-      float x[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int position = token + (i >> 1) * 8 + (lane & 3) * 2 + (i & 1);
-        float raw = score[m][i >> 1][h * 2 + (i & 1)];
-        x[i] = plain ? (raw * scale + slopes[slot] * (position - (piece.length - 1))) * LOG2E
-                     : logit(raw, scale, softcap, slopes[slot], position - (piece.length - 1));
-        if (!whole && (position < piece.low || position >= piece.length)) x[i] = NO_LOGIT;
-      }
-      float most = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+      int slot = n * 2 + h;
+      float most = fmaxf(x[h], x[h + 2]);
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 4));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 8));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 16));
       most = fmaxf(most, state.most[slot]);
       float keep = exp2_fast(state.most[slot] - most);
       state.most[slot] = most;
+      x[h] = exp2_fast(x[h] - most);
+      x[h + 2] = exp2_fast(x[h + 2] - most);
+      state.sum[slot] = state.sum[slot] * keep + (x[h] + x[h + 2]);
 #pragma unroll
-      for (int i = 0; i < 4; i++) x[i] = exp2_fast(x[i] - most);
-      state.sum[slot] = state.sum[slot] * keep + ((x[0] + x[1]) + (x[2] + x[3]));
+      for (int d = 0; d < DTILES; d++) {
+        state.out[(n * DTILES + d) * 4 + h] *= keep;
+        state.out[(n * DTILES + d) * 4 + h + 2] *= keep;
+      }
+    }
+    weight[n][0] = transpose8(pack2(scalar_t(), x[0], x[1]));
+    weight[n][1] = transpose8(pack2(scalar_t(), x[2], x[3]));
+  }
+#pragma unroll
+  for (int start = 0; start < DTILES; start += FETCH) {
+    if (!EAGER || start) {
+#pragma unroll
+      for (int d = 0; d < FETCH; d++) ldmatrix_x4_trans(v[d], value + (start + d) * 32);
+    }
+#pragma unroll
+    for (int d = 0; d < FETCH; d++) {
 #pragma unroll
       for (int n = 0; n < NTILES; n++) {
-        state.out[(m * NTILES + n) * 4 + h * 2] *= keep;
-        state.out[(m * NTILES + n) * 4 + h * 2 + 1] *= keep;
+        float(&sum)[4] = *reinterpret_cast<float(*)[4]>(&state.out[(n * DTILES + start + d) * 4]);
+        mma(sum, v[d], weight[n][0], weight[n][1], scalar_t());
       }
-      weight[m][h] = pack2(scalar_t(), x[0], x[1]);
-      weight[m][h + 2] = pack2(scalar_t(), x[2], x[3]);
-    }
-  }
-  const char* value = values + (((lane >> 3) & 1) * 8 + (lane & 7)) * PITCH + (lane >> 4) * 16;
-#pragma unroll
-  for (int n = 0; n < NTILES; n += 2) {
-    uint32_t b[4];
-    ldmatrix_x4_trans(b, value + n * 16);
-#pragma unroll
-    for (int m = 0; m < MTILES; m++) {
-      float(&left)[4] = *reinterpret_cast<float(*)[4]>(&state.out[(m * NTILES + n) * 4]);
-      float(&right)[4] = *reinterpret_cast<float(*)[4]>(&state.out[(m * NTILES + n + 1) * 4]);
-      mma(left, weight[m], b[0], b[1], scalar_t());
-      mma(right, weight[m], b[2], b[3], scalar_t());
     }
   }
 }
 
-// The four lanes of a row have each summed the weights of their own tokens.
+// The eight lanes of a row have each summed the weights of their own tokens.
 DEVICE void close_sums(State& state) {
 #pragma unroll
   for (int s = 0; s < SLOTS; s++) {
-    state.sum[s] += __shfl_xor_sync(0xffffffffu, state.sum[s], 1);
-    state.sum[s] += __shfl_xor_sync(0xffffffffu, state.sum[s], 2);
+#pragma unroll
+    for (int offset = 4; offset < 32; offset <<= 1) {
+      state.sum[s] += __shfl_xor_sync(0xffffffffu, state.sum[s], offset);
+    }
   }
 }
 
-DEVICE void store_pair(float* to, float x, float y) { *reinterpret_cast<float2*>(to) = make_float2(x, y); }
-DEVICE void store_pair(scalar_t* to, float x, float y) {
-  *reinterpret_cast<uint32_t*>(to) = pack2(scalar_t(), x, y);
-}
+// Rows times factors to where `place(row)` says.
 template <typename T, typename Place>
 DEVICE void write_rows(const State& state, const float (&factor)[SLOTS], int rows, Place place) {
-  int lane = threadIdx.x & 31;
 #pragma unroll
   for (int s = 0; s < SLOTS; s++) {
     int row = row_of(s);
     if (row >= rows) continue;
-    T* to = place(row) + (lane & 3) * 2;
+    T* to = place(row) + (threadIdx.x & 31) / 4;
 #pragma unroll
-    for (int n = 0; n < NTILES; n++) {
-      const float* pair = &state.out[(s / 2 * NTILES + n) * 4 + (s & 1) * 2];
-      store_pair(to + n * 8, pair[0] * factor[s], pair[1] * factor[s]);
+    for (int i = 0; i < DTILES * 2; i++) {
+      to[i * 8] = from_float<T>(state.out[(s / 2 * DTILES + i / 2) * 4 + (i & 1) * 2 + (s & 1)] * factor[s]);
     }
   }
 }
 #endif
+
+// 16 bytes from global to shared memory; zeros where not valid.
+DEVICE void fetch16(uint32_t to, const char* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
+#else
+  uint4 x = valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+#endif
+}
+DEVICE void fetch16(uint32_t to, const char* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global" CACHE_HINT " [%0], [%1], 16;" ::"r"(to), "l"(from));
+#else
+  fetch16(to, from, true);
+#endif
+}
+
+// Where a tile lies in the caches.
+struct Place {
+  uint32_t at[BLOCK_SHIFT < 4 ? 2 : 1];  // first token, in 16-byte chunks; blocks of 8 have the last 8 tokens elsewhere
+  int low, high;                          // rows of the tile that are seen
+};
 
 // Grid: any number of blocks. partials: [blocks, 2, ACROSS, ROWS, HEAD_DIM] floats, then as many rows of (largest
 // logit, sum). counters: [batch, KV_HEADS * PASSES], zero before and after. counts: null, or [>= 1]: how many sequences
@@ -464,6 +508,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
 
   // How the line is shared out: every warp works it out for itself.
   Work work = {seq_lens, query_start, batch, window, 1, false};
+  if (batch > 32) {  // one round trip brings the lengths near
+    int touched = seq_lens[(int)((int64_t)lane * batch / 32)];
+    asm volatile("" ::"r"(touched));
+  }
   if (counts) work.count = min(batch, counts[0]);
   int rounds = CEIL_DIV(batch, 1024), blocks = gridDim.x, longest, live;
   int mine = tally(work, rounds, longest, live);
@@ -489,13 +537,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
   // The piece where this block's stretch starts.
   Piece first;
   {
-    int behind = warp_running(mine), before = behind - mine;
-    int c = __ffs(__ballot_sync(0xffffffffu, before * SETS <= start && start < behind * SETS)) - 1;
-    int base = __shfl_sync(0xffffffffu, before, c), sequence = 0;
-    for (int u = 0; u < rounds; u++) {
+    int c = 0, base = 0, sequence = 0;
+    if (batch > 32) {
+      int behind = warp_running(mine), before = behind - mine;
+      c = __ffs(__ballot_sync(0xffffffffu, before * SETS <= start && start < behind * SETS)) - 1;
+      base = __shfl_sync(0xffffffffu, before, c);
+    }
+#pragma unroll 1
+    for (int u = 0; u < rounds && batch > 1; u++) {
       Piece piece;
       measure(work, (c * rounds + u) * 32 + lane, piece);
-      behind = base + warp_running(piece.cost), before = behind - piece.cost;
+      int behind = base + warp_running(piece.cost), before = behind - piece.cost;
       unsigned found = __ballot_sync(0xffffffffu, before * SETS <= start && start < behind * SETS);
       if (found) {
         int at = __ffs(found) - 1;
@@ -510,57 +562,86 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
     first.at = base * SETS + first.set * first.cost;
   }
 
+  // A warp's first tile of a piece: turns go round along the line, so that short ends of pieces even out.
+  auto first_turn = [&](const Piece& of) {
+    int from = max(start - of.at, 0);
+    return from + ((along - of.at - from) & (ALONG - 1));
+  };
+
   // The loading side: runs ahead of the computing side by STAGES tiles.
   Piece ahead = first;
-  int ahead_tile = max(start - ahead.at, 0) + along, ahead_end = min(ahead.tiles, stop - ahead.at);
+  int ahead_tile = first_turn(ahead), ahead_end = min(ahead.tiles, stop - ahead.at);
   bool more = true;
   auto settle = [&]() {
+#pragma unroll 1
     while (more && ahead_tile >= ahead_end) {
       more = next(work, stop, ahead);
-      ahead_tile = along;
+      ahead_tile = first_turn(ahead);
       ahead_end = min(ahead.tiles, stop - ahead.at);
     }
   };
-  // Where lane % 16's token of the tile lies in the caches, in chunks of 16 bytes.
-  auto locate = [&]() -> uint32_t {
-    int token = (ahead.first_tile + ahead_tile) * TILE + (lane & 15);
-    if (!more || token < ahead.low || token >= ahead.length) return NOWHERE;
-    int block = tables[(int64_t)ahead.sequence * table_stride + (token >> BLOCK_SHIFT)];
-    uint32_t slot = ((uint32_t)block << BLOCK_SHIFT) + (token & ((1 << BLOCK_SHIFT) - 1));
-    return (slot * KV_HEADS + (ahead.set * ACROSS + across) / PASSES) * CHUNKS;
-  };
-  auto copy = [&](int stage, uint32_t place) {
-    char* to = ring + stage * STAGE_BYTES;
+  auto locate = [&](Place& place) {
+    if (!more) return;
+    int token = (ahead.first_tile + ahead_tile) * TILE;
+    place.low = ahead.low - token;
+    place.high = ahead.length - token;
+    const int* table = tables + (int64_t)ahead.sequence * table_stride;
 #pragma unroll
-    for (int i = 0; i < CHUNKS / 2; i++) {
-      int row = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
-      uint32_t from = __shfl_sync(0xffffffffu, place, row);
-      bool valid = from != NOWHERE;
-      int64_t offset = valid ? (int64_t)(from + chunk) * 16 : 0;
-      cp_async16(to + row * PITCH + chunk * 16, k_cache + offset, valid);
-      cp_async16(to + (TILE + row) * PITCH + chunk * 16, v_cache + offset, valid);
+    for (int i = 0; i < (BLOCK_SHIFT < 4 ? 2 : 1); i++) {
+      int at = min(token + i * 8, ahead.length - 1);
+      uint32_t slot = ((uint32_t)table[at >> BLOCK_SHIFT] << BLOCK_SHIFT) + ((token + i * 8) & ((1 << BLOCK_SHIFT) - 1));
+      place.at[i] = (slot * KV_HEADS + (ahead.set * ACROSS + across) / PASSES) * CHUNKS;
     }
   };
-  uint32_t places[STAGES + 1];
-  bool full[STAGES + 1];
+  uint32_t ring_at = shared_address(ring);
+  auto copy = [&](int stage, const Place& place) {
+    uint32_t to = ring_at + stage * STAGE_BYTES;
+    const char* k = k_cache + (int64_t)place.at[0] * 16;
+    const char* v = v_cache + (int64_t)place.at[0] * 16;
+    int64_t turn = BLOCK_SHIFT < 4 ? ((int64_t)place.at[BLOCK_SHIFT < 4] - place.at[0]) * 16 - 8 * TOKEN_BYTES : 0;
+    bool whole = place.low <= 0 && place.high >= TILE;
+    if (whole && BLOCK_SHIFT >= 4) {
 #pragma unroll
-  for (int i = 0; i <= STAGES; i++) {
+      for (int i = 0; i < CHUNKS / 2; i++) {
+        int row = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
+        fetch16(to + row * PITCH + chunk * 16, k + row * TOKEN_BYTES + chunk * 16);
+        fetch16(to + (TILE + row) * PITCH + chunk * 16, v + row * TOKEN_BYTES + chunk * 16);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < CHUNKS / 2; i++) {
+        int row = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
+        bool valid = row >= place.low && row < place.high;
+        int64_t offset = valid ? row * TOKEN_BYTES + chunk * 16 + (row >= 8 ? turn : 0) : 0;
+        fetch16(to + row * PITCH + chunk * 16, k + offset, valid);
+        fetch16(to + (TILE + row) * PITCH + chunk * 16, v + offset, valid);
+      }
+    }
+  };
+  Place place;
+  bool pending;
+  auto look_ahead = [&]() {
     settle();
-    full[i] = more;
-    places[i] = locate();
+    pending = more;
+    locate(place);
     ahead_tile += ALONG;
-  }
-#pragma unroll
-  for (int i = 0; i < STAGES; i++) {
-    if (full[i]) copy(i, places[i]);
+  };
+  // Starts the copy of the tile that was looked up before, and looks up the next one meanwhile.
+  auto refill = [&](int stage) {
+    Place now = place;
+    bool any = pending;
+    look_ahead();
+    if (any) copy(stage, now);
     cp_async_commit();
-  }
-  uint32_t place = places[STAGES];
-  bool pending = full[STAGES];
+  };
+  look_ahead();
+#pragma unroll 1
+  for (int i = 0; i < STAGES; i++) refill(i);
   int stage = 0;
 
   // The computing side.
   Piece piece = first;
+#pragma unroll 1
   do {
     int from = max(start - piece.at, 0), to = min(piece.tiles, stop - piece.at);
     if (from >= to) continue;
@@ -580,19 +661,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
 #pragma unroll
     for (int i = 0; i < OUTS; i++) state.out[i] = 0.0f;
 
-    for (int tile = from + along; tile < to; tile += ALONG) {
+#pragma unroll 1
+    for (int tile = first_turn(piece); tile < to; tile += ALONG) {
       cp_async_wait<STAGES - 1>();
       __syncwarp();
       const char* keys = ring + stage * STAGE_BYTES;
       attend(state, queries, keys, keys + TILE * PITCH, (piece.first_tile + tile) * TILE, piece, scale, softcap,
              slopes);
       __syncwarp();
-      if (pending) copy(stage, place);
-      cp_async_commit();
-      settle();
-      pending = more;
-      place = locate();
-      ahead_tile += ALONG;
+      refill(stage);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
     close_sums(state);
@@ -654,6 +731,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
     }
     group_sync(across);
     if (!arrived[across]) continue;
+#pragma unroll 1
     for (int item = along * 32 + lane; item < rows * (HEAD_DIM / 4); item += ALONG * 32) {
       int row = item / (HEAD_DIM / 4), column = item % (HEAD_DIM / 4) * 4;
       float most = NO_LOGIT, sum = 0.0f;
@@ -663,6 +741,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
         sum = 1.0f;
       }
       constexpr int BATCH = 8;
+#pragma unroll 1
       for (int b = low_block; b <= high_block; b += BATCH) {
         float2 part[BATCH];
         float4 value[BATCH];
