@@ -43,12 +43,13 @@ def fetch(
     trust_remote_code: bool,
     refresh: bool,
     progress: bool,
+    check: Callable[[Path], None] | None = None,
 ) -> tuple[Path, list[str]]:
     """Folder of the snapshot of ``model`` and the names of the files in it that the model needs.
 
     The folder's name is the commit hash. See ``llmapi._source.resolve`` for the arguments and errors.
     """
-    choose = _Chooser(dummy, trust_remote_code)
+    choose = _Chooser(dummy, trust_remote_code, check)
     cached = _look(model, revision, choose)
     usable = cached is not None and not cached.missing and not refresh
     if cached is not None and usable and cached.known:
@@ -66,8 +67,13 @@ def fetch(
 class _Chooser:
     dummy: bool
     trust_remote_code: bool
+    check: Callable[[Path], None] | None = None  # of config.json, before anything else is fetched
 
     def __call__(self, names: Collection[str], folder: Path | None) -> list[str]:
+        if self.check is not None and CONFIG in names:
+            if folder is None or not (folder / CONFIG).is_file():
+                return [CONFIG]
+            self.check(folder / CONFIG)
         return sorted(set(needed(names, folder, dummy=self.dummy, trust_remote_code=self.trust_remote_code)))
 
 

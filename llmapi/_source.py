@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -111,6 +111,7 @@ def resolve(
     refresh: bool = False,
     digests: DigestMemory,
     progress: bool = True,
+    check: Callable[[Path], None] | None = None,
 ) -> Snapshot:
     """Find the model's files, fetching from the hub what is not on this machine.
 
@@ -123,6 +124,7 @@ def resolve(
         refresh: ask the hub again, even where the revision is complete on disk.
         digests: memory for the digests of the files.
         progress: draw the bar ``fetch`` (bytes) while downloading.
+        check: called with the path of ``config.json``, before any weight is fetched; what it raises ends the search.
 
     Raises:
         ConfigError: an argument has a value it cannot have.
@@ -151,6 +153,8 @@ def resolve(
         raise ConfigError(f"revision={revision!r} is for models on the hub, but {name!r} is on this disk; leave it out")
     if is_local and path.is_dir():
         files = _folder_files(path, dummy=dummy, trust_remote_code=trust_remote_code)
+        if check is not None and CONFIG in files:
+            check(path / CONFIG)
         return Snapshot(name, "folder", path.absolute(), None, source_files(path.absolute(), files), digests)
     if is_local:
         if path.suffix.lower() != ".gguf":
@@ -168,6 +172,7 @@ def resolve(
         trust_remote_code=trust_remote_code,
         refresh=refresh,
         progress=progress,
+        check=check,
     )
     return Snapshot(name, "hub", folder, folder.name, source_files(folder, files), digests)
 

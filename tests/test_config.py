@@ -31,7 +31,7 @@ def test_defaults_resolve_to_concrete_values() -> None:
     ("options", "message"),
     [
         ({"backend": "gpu"}, "unknown backend 'gpu'"),
-        ({"backend": "cuda"}, "backend='cuda' is not part of this release"),
+        ({"backend": "cuda"}, "backend='cuda' cannot run here"),
         ({"dtype": "fp32"}, "unknown dtype 'fp32'"),
         ({"dtype": "float16"}, "does not run on the cpu backend: use float32 or bfloat16"),
         ({"max_seq_len": 513}, "max_seq_len=513 is more than the 512 positions"),

@@ -106,6 +106,22 @@ def test_hub_fetches_only_what_is_needed(hub: FakeHub, memory: DigestMemory) -> 
     assert snapshot.index_file is None and snapshot.code_files == ()
 
 
+def test_a_check_of_the_configuration_comes_before_any_weight(hub: FakeHub, memory: DigestMemory) -> None:
+    seen: list[bytes] = []
+
+    def refuse(config: Path) -> None:
+        seen.append(config.read_bytes())
+        raise ConfigError("too large for this GPU")
+
+    hub.add("org/model", WHOLE)
+    with pytest.raises(ConfigError, match="too large"):
+        resolve("org/model", digests=memory, progress=False, check=refuse)
+    assert hub.fetched() == {"config.json"}
+    assert seen == [WHOLE["config.json"]]
+    whole = resolve("org/model", digests=memory, progress=False, check=lambda config: None)
+    assert hub.fetched() == {f.name for f in whole.files}
+
+
 def test_second_time_asks_nobody(hub: FakeHub, memory: DigestMemory) -> None:
     hub.add("org/model", SHARDED)
     first = get(memory)

@@ -118,8 +118,8 @@ def gpus() -> list[Check]:
         ]
     cuda = _torch_sees_cuda()
     found.append(Check("torch with CUDA", cuda is None, cuda or "works", f"install a CUDA build of torch; {_LATER}"))
-    later = f"pip install 'llmapi[cuda]', once a release has the cuda backend; {_LATER}"
-    found.append(_optional("CUDA for Python", ("cuda-core", "cuda-bindings"), later))
+    later = f"pip install 'llmapi[cuda]'; {_LATER}"
+    found.append(_optional("CUDA for Python", ("cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"), later))
     found.append(_nvrtc(later))
     for name, module, extra in (("TensorRT", "tensorrt", "tensorrt"), ("TensorRT-RTX", "tensorrt_rtx", "rtx")):
         here = importlib.util.find_spec(module) is not None

@@ -41,7 +41,8 @@ def run(args: Namespace) -> int:
     if needed_fails:
         print("This machine cannot run llmapi yet: mend what says 'no' and is marked as needed.")
     else:
-        print(
-            "This machine runs models on the cpu backend. The cuda and tensorrt backends are not part of this release."
-        )
+        from llmapi import _device
+
+        runs = "cpu backend" if _device.cuda_problem() else "cuda and cpu backends; 'auto' takes cuda"
+        print(f"This machine runs models on the {runs}. The tensorrt backend is not part of this release.")
     return 1 if needed_fails else 0

@@ -15,6 +15,7 @@ from llmapi._kernels.nvrtc import Unit
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.bind_cuda import Binder, CudaPlan
 from llmapi._runtime.engine import Engine, num_kv_blocks
+from llmapi._runtime.fit import RESERVE
 from llmapi._runtime.graphs_cuda import Graphs
 from llmapi._runtime.program import Program
 from llmapi._runtime.sampler_cuda import CudaSampler
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from llmapi._runtime.sampler import Sampler, SamplerTokenizer
 
 log = logging.getLogger("llmapi")
-
-GRAPH_RESERVE = 512 << 20
-"""Bytes left free for CUDA graphs and for what libraries allocate behind torch's back."""
 
 
 class CudaEngine(Engine):
@@ -179,7 +177,7 @@ def _free_bytes(device: torch.device, utilization: float, peak: int) -> int:
     """Bytes for the KV cache: the share of the GPU that may be used, less what is used and what a step needs."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(total * utilization) - (total - free) - peak - GRAPH_RESERVE)
+    return max(0, int(total * utilization) - (total - free) - peak - RESERVE)
 
 
 def _memory_line(device: torch.device, spec: TransformerSpec, config: EngineConfig) -> str:

@@ -18,6 +18,7 @@ from llmapi._build.store import Store
 from llmapi._digests import DigestMemory
 from llmapi._runtime.engine import Engine
 from llmapi._runtime.find_tokenizer import find_tokenizer
+from llmapi._runtime.fit import check_config_file, check_fits
 from llmapi._source import Snapshot
 from llmapi._source import resolve as resolve_source
 from llmapi._tokenizer import Tokenizer
@@ -183,11 +184,13 @@ def find_recipe(
         refresh=options.refresh,
         digests=digests,
         progress=options.progress,
+        check=lambda path: check_config_file(path, engine),
     )
     config_json = read_config(snapshot)
     spec = spec_of(config_json)
     dummy_seed = (options.seed or 0) if options.load_format == "dummy" else None
     recipe = Recipe(snapshot, family_of(config_json), spec, resolve(engine, spec), dummy_seed)
+    check_fits(spec, recipe.config, engine.gpu_memory_utilization)
     return snapshot, config_json, recipe
 
 

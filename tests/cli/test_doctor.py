@@ -49,9 +49,9 @@ def test_this_machine_runs_models(cli: Cli, tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert f"torch: {importlib.metadata.version('torch')}" in result.out
     assert "  OK  cpu: runs\n" in result.out
-    assert "  no  cuda: backend='cuda' is not part of this release" in result.out
+    assert re.search(r"  no  cuda: backend='cuda' cannot run here: torch .* install a CUDA build of torch", result.out)
     assert "  no  tensorrt: backend='tensorrt' is not part of this release" in result.out
-    assert result.out.endswith("The cuda and tensorrt backends are not part of this release.\n")
+    assert result.out.endswith("on the cpu backend. The tensorrt backend is not part of this release.\n")
     assert re.search(r"  OK  locks: ", result.out)
     assert list(tmp_path.iterdir()) == []  # nothing was made
 
