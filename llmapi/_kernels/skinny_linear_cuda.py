@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,74 +20,119 @@ GATES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _MOST_TILES = 1 << 15
-_BULK, _COPY = "ttplpplppiiii", "pplplpplppiiii"
+_MOST_STAGES = 32
+_BULK, _COPY = "ttplppliiiiii", "pplplpplppiiii"
 
 
 class Variant(NamedTuple):
     """A configuration of the kernel. :attr:`code` is the number that tuning tables keep.
 
     Attributes:
-        groups: warpgroups of a block, 64 weight rows each; 0 is one warpgroup that copies with ``cp.async``, which runs
+        cluster: blocks that share a tile, each a part of K, 1 or 2; 0 is the kernel that copies with ``cp.async``, which runs
             on any GPU, the others use the bulk copies of compute capability 9.0.
         boxes: depth of a stage in 64 columns.
-        stages: of the ring in shared memory.
-        ahead: stages prefetched into the L2 cache beyond the ring.
     """
 
-    groups: int
+    cluster: int
     boxes: int
-    stages: int
-    ahead: int = 0
 
     @property
     def code(self) -> int:
-        """Decimal digits ``groups boxes stages stages ahead``.
+        """Decimal digits ``cluster boxes``.
 
-        >>> Variant(1, 2, 6, 3).code
-        12063
+        >>> Variant(2, 4).code
+        24
         """
-        return self.groups * 10000 + self.boxes * 1000 + self.stages * 10 + self.ahead
+        return self.cluster * 10 + self.boxes
 
     @classmethod
     def of(cls, code: int) -> Variant:
         """From :attr:`code`.
 
-        >>> Variant.of(12063)
-        Variant(groups=1, boxes=2, stages=6, ahead=3)
+        >>> Variant.of(24)
+        Variant(cluster=2, boxes=4)
         """
-        return cls(code // 10000, code // 1000 % 10, code // 10 % 100, code % 10)
+        return cls(code // 10, code % 10)
 
-    @property
-    def tile(self) -> int:
-        """Weight rows of a tile."""
-        return 64 * max(1, self.groups)
 
-    def shared(self, bucket: int) -> int:
-        """Bytes of dynamic shared memory, alignment included.
+@dataclass(frozen=True)
+class Layout:
+    """How a product is laid out on a GPU.
+
+    Attributes:
+        variant: of which this follows.
+        bucket: rows of x that there is code for.
+        tile_rows: weight rows of a tile.
+        tiles: of the weight.
+        blocks: of the grid.
+        stages: of the ring in shared memory.
+        shared: bytes of dynamic shared memory, alignment included.
+    """
+
+    variant: Variant
+    bucket: int
+    tile_rows: int
+    tiles: int
+    blocks: int
+    stages: int
+    shared: int
+
+    @classmethod
+    def of(cls, variant: Variant, rows: int, n: int, k: int, *, sms: int, shared_memory: int) -> Layout | None:
+        """None where the variant does not go with the shape or the GPU.
 
         Args:
-            bucket: one of :data:`BUCKETS`.
+            variant: the configuration.
+            rows: of x.
+            n, k: rows and columns of the weight.
+            sms: multiprocessors.
+            shared_memory: bytes that a block may have.
         """
-        return self.stages * self.boxes * (self.tile + bucket) * 128 + 1024
+        bucket, units = bucket_of(rows), -(-k // (64 * variant.boxes))
+        if not variant.cluster:
+            stage = variant.boxes * (64 + bucket) * 128
+            half = (shared_memory - 1024) // 2  # room for a second block
+            stages = max(2, min(8, (half - 2048) // stage))
+            tiles = -(-n // 64)
+            blocks = max(1, min(2 * sms, tiles * units // 2))
+            return cls(variant, bucket, 64, tiles, blocks, stages, stages * stage + 1024)
+        teams = sms // variant.cluster
+        turns = -(-n // (teams * 256))
+        if variant.cluster > 1 and (turns > 1 or units < variant.cluster):
+            return None
+        tile_rows = -(-n // (teams * turns * 8)) * 8
+        tiles, subtiles = -(-n // tile_rows), -(-tile_rows // 64)
+        blocks_of_sums = subtiles * bucket // 8
+        parts = -(-blocks_of_sums // variant.cluster) * variant.cluster * 2048 if variant.cluster > 1 else 0
+        rest = (subtiles * 64 - tile_rows) * 128 + parts + 1024  # what is read past a tile; sums from other blocks
+        stage = variant.boxes * (tile_rows + bucket) * 128
+        stages = min(_MOST_STAGES, (shared_memory - 1024 - rest) // stage)
+        if stages < 2:
+            return None
+        blocks = min(tiles, teams) * variant.cluster
+        # At least half of the memory, so that one multiprocessor never gets two blocks and another none.
+        shared = max(stages * stage + rest, shared_memory // 2)
+        return cls(variant, bucket, tile_rows, tiles, blocks, stages, shared)
 
-    def unit(self, dtype: str, bucket: int, gate: int) -> Unit:
+    def unit(self, dtype: str, gate: int) -> Unit:
         """What to compile.
 
         Args:
             dtype: ``"float16"`` or ``"bfloat16"``.
-            bucket: one of :data:`BUCKETS`.
             gate: a value of :data:`GATES`.
         """
+        own: dict[str, int]
+        if self.variant.cluster:
+            own = {"LLM_BULK": 1, "LLM_CLUSTER": self.variant.cluster, "LLM_SUBTILES": -(-self.tile_rows // 64)}
+        else:
+            own = {"LLM_BULK": 0, "LLM_STAGES": self.stages}
         return Unit.of(
             "skinny_linear.cu",
             LLM_DTYPE=DTYPE_MACRO[dtype],
-            LLM_ROWS=bucket,
-            LLM_BULK=int(self.groups > 0),
-            LLM_GROUPS=max(1, self.groups),
-            LLM_BOXES=self.boxes,
-            LLM_STAGES=self.stages,
-            LLM_AHEAD=self.ahead,
+            LLM_ROWS=self.bucket,
+            LLM_BOXES=self.variant.boxes,
             LLM_GATE=gate,
+            **own,
         )
 
 
@@ -97,16 +143,17 @@ def units(dtype: str) -> list[Unit]:
         dtype: ``"float16"`` or ``"bfloat16"``.
     """
     some = [
-        (Variant(0, 1, 3), 8, 1),
-        (Variant(0, 1, 2), 64, 0),
-        (Variant(1, 2, 5, 2), 8, 0),
-        (Variant(2, 1, 5, 2), 16, 2),
-        (Variant(1, 2, 4), 24, 3),
-        (Variant(2, 1, 4), 32, 4),
-        (Variant(2, 1, 4), 48, 0),
-        (Variant(2, 1, 4), 64, 1),
+        (Variant(0, 1), 8, 4096, 1),
+        (Variant(0, 1), 64, 4096, 0),
+        (Variant(1, 8), 8, 4096, 0),
+        (Variant(1, 2), 16, 12288, 2),
+        (Variant(2, 2), 24, 4096, 3),
+        (Variant(2, 1), 32, 12288, 4),
+        (Variant(2, 4), 48, 4096, 0),
+        (Variant(1, 1), 64, 28672, 1),
     ]
-    return [variant.unit(dtype, bucket, gate) for variant, bucket, gate in some]
+    layouts = [(Layout.of(v, rows, n, 4096, sms=132, shared_memory=227 << 10), gate) for v, rows, n, gate in some]
+    return [layout.unit(dtype, gate) for layout, gate in layouts if layout is not None]
 
 
 class SkinnyLinear:
@@ -135,11 +182,11 @@ class SkinnyLinear:
         self._dtype = dtype
         self._max_rows = max_rows
         self._bulk = gpu.capability >= (9, 0)
-        # Two partial tiles of each block, 64 or 128 weight rows; twice the blocks where tiles have 64.
+        # Two partial tiles of 64 weight rows for each of two blocks a multiprocessor.
         floats = 2 * 2 * gpu.sms * 64 * bucket_of(max_rows)
         self._workspace = torch.empty(floats, dtype=torch.float32, device=gpu.device)
         self._counters = torch.zeros(_MOST_TILES, dtype=torch.int32, device=gpu.device)
-        self._kernels: dict[tuple[int, int, int], Kernel] = {}
+        self._launches: dict[tuple[int, int, int, int, int], tuple[Layout, Kernel]] = {}
         self._maps: dict[tuple[int, ...], _TensorMap] = {}
 
     def supports(self, rows: int, n: int, k: int) -> bool:
@@ -159,18 +206,33 @@ class SkinnyLinear:
         Args:
             rows, n, k: see :meth:`supports`.
         """
-        bucket = bucket_of(rows)
-        if self._bulk:
-            some = [Variant(g, b, s, a) for g, b, s, a in _bulk_configurations(bucket)]
-        else:
-            some = []
-        some.append(self._copy_variant(bucket))
-        return [variant.code for variant in some if variant.shared(bucket) <= self._gpu.shared_memory]
+        copied = self.layout(Variant(0, 1), rows, n, k)
+        assert copied is not None
+        found = [
+            layout
+            for cluster in ((1, 2) if self._bulk else ())
+            for boxes in (8, 4, 2, 1)
+            if (layout := self.layout(Variant(cluster, boxes), rows, n, k))
+        ]
+        found = [layout for layout in found if layout.stages >= 3] or found
 
-    def _copy_variant(self, bucket: int) -> Variant:
-        """As many stages, at most eight, as leave room for a second block."""
-        half = (self._gpu.shared_memory - 1024) // 2
-        return Variant(0, 1, max(2, min(8, (half - 1024) // ((64 + bucket) * 128))))
+        def rank(layout: Layout) -> tuple[bool, bool, int]:
+            alone = layout.tile_rows // layout.variant.cluster  # rows of a block without a cluster
+            shares = alone <= 48 or (alone <= 96 and rows <= 16)  # x would be read too often, or sums are small
+            return (layout.variant.cluster == 2) != shares, layout.stages < 4, -layout.variant.boxes
+
+        return [layout.variant.code for layout in [*sorted(found, key=rank), copied]]
+
+    def layout(self, variant: Variant, rows: int, n: int, k: int) -> Layout | None:
+        """How a variant is laid out on this GPU; None where it does not go with the shape.
+
+        Args:
+            variant: the configuration.
+            rows, n, k: see :meth:`supports`.
+        """
+        if variant.cluster and not self._bulk:
+            return None
+        return Layout.of(variant, rows, n, k, sms=self._gpu.sms, shared_memory=self._gpu.shared_memory)
 
     def __call__(
         self,
@@ -202,21 +264,18 @@ class SkinnyLinear:
         n = weight.shape[0]
         columns = n // 2 if gate else n
         self._check(out, x, weight, residual, columns)
-        bucket = bucket_of(rows)
-        chosen = Variant.of(self.variants(rows, n, depth)[0] if variant is None else variant)
-        kernel = self._kernel(chosen, bucket, GATES[gate])
-        tiles = -(-n // chosen.tile)
-        stages = tiles * -(-depth // (64 * chosen.boxes))
-        blocks = max(1, min(self._gpu.sms * (1 if chosen.groups else 2), stages // 2))
-        shared = chosen.shared(bucket)
+        layout, kernel = self._launch(variant, rows, n, depth, GATES[gate])
         residual_stride = residual.stride(0) if residual is not None else 0
-        tail = (out, out.stride(0), bias, residual, residual_stride, self._workspace, self._counters)
-        sizes = (rows, columns, tiles, depth)
-        if chosen.groups:
-            maps = self._map_of_weight(weight, chosen.tile, gate is not None), self._map_of_x(x, bucket)
-            kernel((blocks, 1, 1), chosen.groups * 128 + 32, *maps, *tail, *sizes, shared=shared)
+        y = (out, out.stride(0), bias, residual, residual_stride)
+        sizes = (rows, columns, depth, layout.tiles)
+        grid = (layout.blocks, 1, 1)
+        if layout.variant.cluster:
+            maps = self._map_of_weight(weight, layout.tile_rows, gate is not None), self._map_of_x(x, layout.bucket)
+            threads = -(-layout.tile_rows // 64) * 128 + 32
+            kernel(grid, threads, *maps, *y, *sizes, layout.tile_rows, layout.stages, shared=layout.shared)
         else:
-            kernel((blocks, 1, 1), 128, weight, x, x.stride(0), *tail, *sizes, shared=shared)
+            buffers = (self._workspace, self._counters)
+            kernel(grid, 128, weight, x, x.stride(0), *y, *buffers, *sizes, shared=layout.shared)
 
     def _check(
         self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, columns: int
@@ -234,26 +293,41 @@ class SkinnyLinear:
                 f"rows of x (strides {x.stride()}) and the weight must be aligned to 16 bytes, elements side by side"
             )
         for tensor in (out, residual):
-            if tensor is not None and (tensor.shape != (rows, columns) or tensor.stride(1) != 1):
+            if tensor is None:
+                continue
+            if (
+                tensor.shape != (rows, columns)
+                or tensor.stride(1) != 1
+                or tensor.stride(0) % 2
+                or tensor.data_ptr() % 4
+            ):
                 raise ValueError(
-                    f"out and residual must be ({rows}, {columns}) with elements side by side, not "
-                    f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+                    f"out and residual must be ({rows}, {columns}), elements side by side and rows aligned to 4 bytes, "
+                    f"not {tuple(tensor.shape)} with strides {tensor.stride()}"
                 )
         for tensor in (out, x, weight, residual):
             if tensor is not None and tensor.dtype != self._dtype:
                 raise ValueError(f"a tensor is {tensor.dtype}; this object was made for {self._dtype}")
 
-    def _kernel(self, variant: Variant, bucket: int, gate: int) -> Kernel:
-        key = variant.code, bucket, gate
-        found = self._kernels.get(key)
+    def _launch(self, variant: int | None, rows: int, n: int, k: int, gate: int) -> tuple[Layout, Kernel]:
+        key = (-1 if variant is None else variant, rows, n, k, gate)
+        found = self._launches.get(key)
         if found is None:
-            found = self._kernels[key] = self._gpu.kernel(
-                variant.unit(_NAMES[self._dtype], bucket, gate),
-                "skinny_linear_bulk" if variant.groups else "skinny_linear_copy",
-                _BULK if variant.groups else _COPY,
-                shared=variant.shared(bucket),
+            code = self.variants(rows, n, k)[0] if variant is None else variant
+            layout = self.layout(Variant.of(code), rows, n, k)
+            if layout is None:
+                raise ValueError(
+                    f"variant {code} does not go with {rows} rows and a weight of {n} x {k} on {self._gpu.name}: "
+                    f"those that do are {self.variants(rows, n, k)}"
+                )
+            kernel = self._gpu.kernel(
+                layout.unit(_NAMES[self._dtype], gate),
+                "skinny_linear_bulk" if layout.variant.cluster else "skinny_linear_copy",
+                _BULK if layout.variant.cluster else _COPY,
+                shared=self._gpu.shared_memory - 1024,
                 overlap=True,
             )
+            found = self._launches[key] = layout, kernel
         return found
 
     def _map_of_weight(self, weight: torch.Tensor, tile: int, gated: bool) -> int:
@@ -262,7 +336,7 @@ class SkinnyLinear:
         found = self._maps.get(key)
         if found is None:
             if gated:
-                found = _TensorMap(weight, (k, 8, 2, n // 16), (2 * k, n * k, 16 * k), (64, 8, 2, tile // 16))
+                found = _TensorMap(weight, (k, 4, 2, n // 8), (2 * k, n * k, 8 * k), (64, 4, 2, tile // 8))
             else:
                 found = _TensorMap(weight, (k, n), (2 * k,), (64, tile))
             self._keep(key, found)
@@ -287,13 +361,6 @@ class SkinnyLinear:
 def bucket_of(rows: int) -> int:
     """The number of :data:`BUCKETS` whose code takes so many rows."""
     return next(bucket for bucket in BUCKETS if rows <= bucket)
-
-
-def _bulk_configurations(bucket: int) -> list[tuple[int, int, int, int]]:
-    """``(groups, boxes, stages, ahead)``, the default first."""
-    if bucket <= 16:
-        return [(1, 2, 5, 0), (1, 2, 5, 4), (2, 1, 5, 0), (2, 1, 5, 4), (2, 2, 6, 0)]
-    return [(2, 1, 4, 0), (2, 1, 4, 4), (1, 1, 7, 0), (1, 1, 7, 4), (2, 2, 4, 0)]
 
 
 class _TensorMap:

@@ -57,7 +57,7 @@ DEVICE void bulk_load(void* to, const TensorMap* map, int x, int y, uint64_t* ba
       "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
-// A box of the gated weight, seen as [row / 8][gate or up][row % 8][k]: first column x, first group of eight rows y.
+// A box of the gated weight, seen as [row / 4][gate or up][row % 4][k]: first column x, first group of four rows y.
 DEVICE void bulk_load_gated(void* to, const TensorMap* map, int x, int y, uint64_t* barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
@@ -65,16 +65,23 @@ DEVICE void bulk_load_gated(void* to, const TensorMap* map, int x, int y, uint64
       "l"(map), "r"(x), "r"(0), "r"(y), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
-// The same boxes to the L2 cache only.
-DEVICE void bulk_prefetch(const TensorMap* map, int x, int y, uint64_t policy) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.L2::cache_hint [%0, {%1, %2}], %3;" ::"l"(map), "r"(x),
-               "r"(y), "l"(policy)
-               : "memory");
+
+// ---- clusters
+
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// The same place in the shared memory of another block of the cluster.
+DEVICE uint32_t cluster_address(const void* mine, int rank) {
+  uint32_t theirs;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
+  return theirs;
 }
-DEVICE void bulk_prefetch_gated(const TensorMap* map, int x, int y, uint64_t policy) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.L2::cache_hint [%0, {%1, %2, %2, %3}], %4;" ::"l"(map),
-               "r"(x), "r"(0), "r"(y), "l"(policy)
-               : "memory");
+// 16 bytes to another block's shared memory, counted by a barrier there.
+DEVICE void cluster_store(uint32_t to, float a, float b, float c, float d, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
+      : "memory");
 }
 #endif
 
