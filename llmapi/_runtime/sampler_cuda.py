@@ -37,21 +37,23 @@ class _Fixed:
     """What all rows of one request share.
 
     Attributes:
-        row: one of ``ROW``, without seed, stream, counter and addresses.
+        row: one of ``ROW`` as bytes, without seed, stream, counter and addresses.
         bias: entries of ``EDIT``.
         served: whether the kernels can do it; else the sampler of the CPU does, on the GPU's tensors.
         penalized: whether the row needs counts.
         words: whether there are bad_words.
         ends: whether min_tokens may mask something.
+        busy: whether a row must be looked at in every step.
         overlaps: whether host work is never needed between two tokens.
     """
 
-    row: npt.NDArray[np.void]
+    row: bytes
     bias: npt.NDArray[np.void]
     served: bool
     penalized: bool
     words: bool
     ends: bool
+    busy: bool
     overlaps: bool
 
 
@@ -82,6 +84,7 @@ class CudaSampler(Sampler):
         self._scratch: Tensor | None = None  # [rows, V] float32: edited logits
         self._fixed: dict[int, tuple[weakref.ref[SamplingParams], _Fixed]] = {}
         self._last_ids: Tensor | None = None
+        self._packed: tuple[list[Sequence], list[int], npt.NDArray[np.void], list[int]] | None = None  # the last batch
 
     @property
     def workspace_bytes(self) -> int:
@@ -149,21 +152,27 @@ class CudaSampler(Sampler):
 
     def _pack(self, rows: Rows[SampleRow], fixed: list[_Fixed]) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
         """The batch's settings, ``[N]`` of ``ROW``, and its edits, ``[M]`` of ``EDIT``."""
-        table = np.array([own.row for own in fixed], dtype=ROW)
-        table["seed"] = [row.sequence.request.seed for row in rows]
-        table["stream"] = [row.sequence.index for row in rows]
-        table["counter"] = [row.sequence.num_output for row in rows]
+        sequences, draws = [row.sequence for row in rows], [row.count for row in rows]
+        if self._packed is None or self._packed[:2] != (sequences, draws):
+            table = np.frombuffer(b"".join([own.row for own in fixed]), dtype=ROW).copy()
+            table["seed"] = [s.request.seed for s in sequences]
+            table["stream"] = [s.index for s in sequences]
+            busy = [i for i, own in enumerate(fixed) if own.busy]
+            table["used"] *= np.array(draws, dtype=np.int32) == 1
+            self._packed = sequences, draws, table, busy
+        _, _, table, busy = self._packed
+        table["counter"] = [len(s.token_ids) - s.num_prompt for s in sequences]
         edits: list[npt.NDArray[np.void]] = []
         length, edited = 0, []
         penalized: list[int] = []
-        for i, (row, own) in enumerate(zip(rows, fixed, strict=True)):
+        for i in busy:
+            row, own = rows[i], fixed[i]
             if row.count > 1:
-                table[i]["used"] = 0
-            if not own.served or row.count > 1:
                 continue
             banned = self._banned(row.sequence, own) if own.ends or own.words else []
             if own.penalized:
                 penalized.append(i)
+            table["edits"][i] = table["bans"][i] = table["edits_end"][i] = table["edited"][i] = 0
             if banned or len(own.bias):
                 bans = np.zeros(len(banned), dtype=EDIT)
                 bans["id"] = banned
@@ -225,9 +234,10 @@ class CudaSampler(Sampler):
         bias = np.zeros(0 if plan.bias is None else len(plan.bias[0]), dtype=EDIT)
         if plan.bias is not None:
             bias["id"], bias["value"] = plan.bias[0].numpy(), plan.bias[1].numpy()
-        return _Fixed(
-            row, bias, served, penalized, bool(plan.bad_words), p.min_tokens > 0, served and plan.longest <= 1
-        )
+        words, ends = bool(plan.bad_words), p.min_tokens > 0
+        busy = served and bool(penalized or words or ends or len(bias))
+        overlaps = served and plan.longest <= 1
+        return _Fixed(row.tobytes(), bias, served, penalized, words, ends, busy, overlaps)
 
     def _texts(self, params: SamplingParams) -> SamplerTokenizer | None:
         return self._tokenizer if params.detokenize else None
@@ -264,6 +274,8 @@ class PendingTokens:
         """Wait, and give the tokens of each row."""
         self._arrived.synchronize()
         ids, reasons = self._host.tolist()
+        if not self._copies and not self.ready and min(ids, default=0) >= 0:
+            return [Sampled([token]) for token in ids]
         values, tokens = (copy.tolist() for copy in self._copies) if self._copies else ((), ())
         out: list[Sampled] = []
         for i, row in enumerate(self._rows):

@@ -3,14 +3,19 @@
 // One row is the work of a team of SPLIT blocks: one block, or a cluster (Hopper and newer). Warps own consecutive
 // stretches of the vocabulary. A row is read several times; after the first time it comes from L1 or L2.
 //
-// A token's weight is floor(exp((x - max) / temperature) * 2^44), a 64-bit integer. Sums of integers do not depend on
-// their order, so a row gives the same token however it is split and whatever atomics do. Weights under 2^-44 of the
+// A token's weight is exp((x - max) / temperature) * 2^44, rounded: a 64-bit integer. Sums of integers do not depend on
+// their order, so a row gives the same token however it is split and whatever atomics do. Weights under 2^-45 of the
 // largest are zero.
 //
 // Thresholds (top_k, top_p, the best k for log probabilities) are one search: the smallest set of tokens, largest first
 // and lower ids first among equals, whose weights reach a goal. A histogram over the distance to the maximum gives the
-// bucket in which the goal is reached; the few tokens in it are ranked against each other. Where they are not few, the
-// bucket is divided by the bits of its values, at last down to equal values.
+// bucket in which the goal is reached. Where no more than LIST tokens are in it and the buckets above, they are listed,
+// and the rest of the work is done on the list, by ranking its tokens against each other. For a small k the histogram
+// is of the maxima of the threads alone: k of them are at least that large, so the k largest tokens are. Where there
+// are more, those in the bucket are ranked; if even these are too many, the bucket is divided by the bits of its
+// values, at last down to equal values.
+//
+// Most vectors of a row hold nothing above a threshold; one comparison passes them over.
 //
 // LLM_DTYPE: type of the logits. SPLIT: blocks in a team (1 below Hopper).
 #include "common.cuh"
@@ -33,7 +38,7 @@ constexpr int BUCKETS = 2 * THREADS;  // two to a thread in the scan
 constexpr int LIST = THREADS;         // tokens that are ranked against each other, one to a thread
 constexpr int LAST_ID = 0x7fffffff;
 constexpr int NARROW_K = 1024;     // as draw.py: up to here (x - max) / temperature, beyond x / temperature - max / t.
-constexpr float SUPPORT = 32.0f;   // exp(-32) < 2^-44: farther tokens have no weight
+constexpr float SUPPORT = 32.0f;   // exp(-32) < 2^-45: farther tokens have no weight
 
 #define INFINITY_F __int_as_float(0x7f800000)
 #define NAN_F __int_as_float(0x7fffffff)
@@ -63,12 +68,13 @@ struct Edit {
 };
 
 struct Shared {
-  uint32_t low[BUCKETS + 2], high[BUCKETS + 2];  // 64-bit sums in two words; the one at BUCKETS holds what is beyond
-  uint64_t weight[LIST], all_weight[SPLIT > 1 ? LIST : 1];
+  uint32_t low[BUCKETS], high[BUCKETS];  // 64-bit sums in two words
+  uint32_t beyond_low, beyond_high;      // what counts in the total only
+  uint64_t weight[LIST], all_weight[SPLIT > 1 ? LIST : 1], kept[LIST];
   float x[LIST], all_x[SPLIT > 1 ? LIST : 1];
   int id[LIST], all_id[SPLIT > 1 ? LIST : 1];
-  uint64_t mass[WARPS], scan[WARPS], found_before;
-  float top[WARPS], bottom[WARPS];
+  uint64_t mass[WARPS], scan[WARPS], found_before, beyond;
+  float top[WARPS];
   int top_id[WARPS];
   int listed, found, tie, ahead;
   float border;
@@ -133,11 +139,6 @@ DEVICE float warp_max_nan(float x) {
   for (int offset = 16; offset; offset >>= 1) x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
 }
-DEVICE float warp_min(float x) {
-#pragma unroll
-  for (int offset = 16; offset; offset >>= 1) x = fminf(x, __shfl_xor_sync(0xffffffffu, x, offset));
-  return x;
-}
 DEVICE int warp_min(int x) {
 #pragma unroll
   for (int offset = 16; offset; offset >>= 1) x = min(x, __shfl_xor_sync(0xffffffffu, x, offset));
@@ -153,7 +154,7 @@ DEVICE float from_key(uint32_t key) { return __uint_as_float(key & 0x80000000u ?
 
 // Logits to weights. (x - before) / temperature - after, where one of before and after is the maximum: as draw.py.
 struct Scale {
-  float before, after, temperature, inverse;
+  float top, before, after, temperature, inverse;
 
   // Nats from the maximum, at most 0; NaN for -inf. The quotient is correctly rounded (Markstein 1990).
   DEVICE float nats(float x) const {
@@ -161,21 +162,40 @@ struct Scale {
     return __fsub_rn(__fmaf_rn(__fmaf_rn(-q, temperature, a), inverse, q), after);
   }
   // Coefficients: Moshier's Cephes, expf. Every operation is spelled out: all builds must give the same bits.
-  DEVICE uint64_t weight_of(float nats) const {
-    nats = fmaxf(nats, -40.0f);  // also of NaN
-    float t = __fmaf_rn(nats, 1.44269504f, 12582912.0f), n = __fsub_rn(t, 12582912.0f);
-    float f = __fmaf_rn(n, 2.12194440e-4f, __fmaf_rn(n, -0.693359375f, nats));
+  DEVICE float exp(float x) const {
+    float far = fmaxf(nats(x), -40.0f);  // also of NaN
+    float t = __fmaf_rn(far, 1.44269504f, 12582912.0f), n = __fsub_rn(t, 12582912.0f);
+    float f = __fmaf_rn(n, 2.12194440e-4f, __fmaf_rn(n, -0.693359375f, far));
     float p = __fmaf_rn(1.9875691500e-4f, f, 1.3981999507e-3f);
     p = __fmaf_rn(p, f, 8.3334519073e-3f);
     p = __fmaf_rn(p, f, 4.1665795894e-2f);
     p = __fmaf_rn(p, f, 1.6666665459e-1f);
     p = __fmaf_rn(p, f, 5.0000001201e-1f);
     p = __fadd_rn(__fmaf_rn(p, __fmul_rn(f, f), f), 1.0f);
-    uint32_t bits = __float_as_uint(p) + (__float_as_uint(t) << 23);
-    return (uint64_t)((bits & 0x7fffffu) | 0x800000u) << 21 >> (127 - (bits >> 23));
+    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(t) << 23));
   }
-  DEVICE uint64_t weight(float x) const { return weight_of(nats(x)); }
+  DEVICE uint64_t weight(float x) const;
+  // A logit below all that are nearer to the maximum than so many nats: for passing over what cannot matter.
+  DEVICE float floor_at(float nats) const {
+    return top - fmaf(nats * temperature, 1.00001f, fmaf(fabsf(top), 1e-5f, 1e-30f));
+  }
 };
+
+// Numbers in [0, 1] as multiples of 2^-44, rounded to the nearest: two addends whose last bits are worth 2^-21 and 2^-44.
+struct Fixed {
+  uint32_t coarse = 0, fine = 0;  // sums of bits, modulo 2^32: right for up to 256 numbers
+  DEVICE void add(float x) {
+    float a = __fadd_rn(x, 6.0f), b = __fadd_rn(__fsub_rn(x, __fsub_rn(a, 6.0f)), 0x1.8p-21f);
+    coarse += __float_as_uint(a) - 0x40c00000u;
+    fine += __float_as_uint(b) - 0x35400000u;
+  }
+  DEVICE uint64_t sum() const { return ((uint64_t)coarse << 23) + (int64_t)(int)fine; }
+};
+DEVICE uint64_t Scale::weight(float x) const {
+  Fixed one;
+  one.add(exp(x));
+  return one.sum();
+}
 
 // 53 random bits: Philox4x32-10 (Salmon et al. 2011), as philox.py.
 DEVICE uint64_t random53(const Row& row) {
@@ -199,12 +219,46 @@ DEVICE uint64_t share_up(uint64_t part53, uint64_t total) {  // ceil
 
 // ---- one row
 
+// Sixteen bytes of logits.
+template <typename T> DEVICE float element(const uint4& v, int e) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  if constexpr (sizeof(T) == 4) {
+    return __uint_as_float(words[e]);
+  } else {
+    uint32_t word = words[e / 2];
+#if LLM_DTYPE == 1
+    return __half2float(__ushort_as_half((unsigned short)(e & 1 ? word >> 16 : word)));
+#else
+    return __uint_as_float(e & 1 ? word & 0xffff0000u : word << 16);
+#endif
+  }
+}
+template <typename T> DEVICE float peak(const uint4& v) {  // the largest, NaN if there is one
+#if __CUDA_ARCH__ >= 800 && LLM_DTYPE > 0
+  if constexpr (sizeof(T) == 2) {
+#if LLM_DTYPE == 1
+    typedef __half2 Pair;
+#else
+    typedef __nv_bfloat162 Pair;
+#endif
+    auto pair = [](const uint32_t& word) { return *reinterpret_cast<const Pair*>(&word); };
+    Pair two = __hmax2_nan(__hmax2_nan(pair(v.x), pair(v.y)), __hmax2_nan(pair(v.z), pair(v.w)));
+    uint4 out = make_uint4(*reinterpret_cast<uint32_t*>(&two), 0, 0, 0);
+    return max_nan(element<T>(out, 0), element<T>(out, 1));
+  }
+#endif
+  float out = element<T>(v, 0);
+#pragma unroll
+  for (int e = 1; e < 16 / (int)sizeof(T); e++) out = max_nan(out, element<T>(v, e));
+  return out;
+}
+
 // The stretch of a row that a warp owns, as tiles of 32 aligned 16-byte vectors.
 template <typename T> struct View {
   static constexpr int WIDTH = 16 / sizeof(T);
+  typedef T Element;
   const T* row;
   int size, lead, begin, end;  // lead: elements between the first vector's start and the row's
-  bool forced = false;         // +inf stands for certainty: it becomes 0, everything else -inf
 
   DEVICE View(const T* row, int size) : row(row), size(size) {
     lead = (int)((uint64_t)row / sizeof(T) % WIDTH);
@@ -214,51 +268,78 @@ template <typename T> struct View {
     end = min(begin + each, tiles);
   }
   DEVICE int first(int tile) const { return (tile * 32 + (int)(threadIdx.x & 31)) * WIDTH - lead; }
-  DEVICE Vec<T, WIDTH> read(int tile) const {
+  DEVICE uint4 read(int tile) const {  // -inf outside the row
     int id = first(tile);
-    if (id >= 0 && id + WIDTH <= size) return load<T, WIDTH>(row + id);
-    Vec<T, WIDTH> out;
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++)
-      out.at[e] = (unsigned)(id + e) < (unsigned)size ? row[id + e] : from_float<T>(-INFINITY_F);
-    return out;
-  }
-  DEVICE float value(T x) const {
-    float v = to_float(x);
-    return forced ? (v == INFINITY_F ? 0.0f : -INFINITY_F) : v;
-  }
-  // f(x, id) of the tiles [from, to), FLIGHT loads at a time; ids outside the row come as -inf.
-  template <int FLIGHT, typename F> DEVICE void each(int from, int to, F f) const {
+    if (id >= 0 && id + WIDTH <= size) return *reinterpret_cast<const uint4*>(row + id);
+    uint4 v = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
-    for (int tile = from; tile < to; tile += FLIGHT) {
-      Vec<T, WIDTH> raw[FLIGHT];
-#pragma unroll
-      for (int u = 0; u < FLIGHT; u++)
-        if (tile + u < to) raw[u] = read(tile + u);
-#pragma unroll
-      for (int u = 0; u < FLIGHT; u++) {
-        if (tile + u < to) {
-          int id = first(tile + u);
-#pragma unroll
-          for (int e = 0; e < WIDTH; e++) f(value(raw[u].at[e]), id + e);
-        }
+    for (int at = id + WIDTH - 1; at >= id; at--) {
+      T x = (unsigned)at < (unsigned)size ? row[at] : from_float<T>(-INFINITY_F);
+      if constexpr (sizeof(T) == 4) {
+        v.w = v.z, v.z = v.y, v.y = v.x, v.x = *reinterpret_cast<uint32_t*>(&x);
+      } else {
+        v.w = v.w << 16 | v.z >> 16, v.z = v.z << 16 | v.y >> 16, v.y = v.y << 16 | v.x >> 16;
+        v.x = v.x << 16 | *reinterpret_cast<uint16_t*>(&x);
       }
     }
+    return v;
   }
-  // The same in less code, for what is rare: 32 ids at a time, none outside the row.
+  DEVICE float at(int id) const { return to_float(row[id]); }
+  // f(vector, id of its first element) of all that hold a value of at least `floor`.
+  template <typename F> DEVICE void each_vector(float floor, F f) const {
+    if (begin >= end) return;
+    uint4 next = read(begin);
+#pragma unroll 1
+    for (int tile = begin; tile < end; tile++) {
+      uint4 raw = next;
+      if (tile + 1 < end) next = read(tile + 1);
+      if (floor == -INFINITY_F || peak<T>(raw) >= floor) f(raw, first(tile));
+    }
+  }
+  // f(x, id) of all elements of such vectors, read again one by one: where few are expected.
+  template <typename F> DEVICE void each(float floor, F f) const {
+    each_vector(floor, [&](const uint4&, int id) {
+      int last = min(id + WIDTH, size);
+#pragma unroll 1
+      for (id = max(id, 0); id < last; id++) f(at(id), id);
+    });
+  }
+  // f(x, id) of all, 32 ids at a time.
   template <typename F> DEVICE void each_one(F f) const {
 #pragma unroll 1
-    for (int id = from() + (int)(threadIdx.x & 31); id < to(); id += 32) f(value(row[id]), id);
+    for (int id = from() + (int)(threadIdx.x & 31); id < to(); id += 32) f(at(id), id);
   }
   DEVICE int from() const { return max(begin * 32 * WIDTH - lead, 0); }
   DEVICE int to() const { return min(end * 32 * WIDTH - lead, size); }
-  template <int FLIGHT = 1, typename F> DEVICE void each(F f) const { each<FLIGHT>(begin, end, f); }
 };
 
-DEVICE void add(Shared& s, int bucket, uint64_t weight) {
-  uint32_t low = (uint32_t)weight, old = atomicAdd(&s.low[bucket], low);
-  uint32_t high = (uint32_t)(weight >> 32) + (old + low < old ? 1u : 0u);
-  if (high) atomicAdd(&s.high[bucket], high);
+template <typename V> DEVICE float thread_max(const V& view) {  // NaN if there is one
+  constexpr int FLIGHT = 8;  // loads
+  float top = -INFINITY_F;
+#pragma unroll 1
+  for (int tile = view.begin; tile < view.end; tile += FLIGHT) {
+    uint4 raw[FLIGHT];
+#pragma unroll
+    for (int u = 0; u < FLIGHT; u++) raw[u] = view.read(min(tile + u, view.end - 1));
+#pragma unroll
+    for (int u = 0; u < FLIGHT; u++) top = max_nan(top, peak<typename V::Element>(raw[u]));
+  }
+  return top;
+}
+// Largest value of a row to every thread, NaN if there is one; `own`: the largest of the thread's own.
+template <typename V> DEVICE float row_max(Shared& s, const V& view, float& own) {
+  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  own = thread_max(view);
+  float top = warp_max_nan(own);
+  if (lane == 0) s.top[warp] = top;
+  team_sync();
+  top = -INFINITY_F;
+#pragma unroll
+  for (int i = 0; i < CEIL_DIV(SPLIT * WARPS, 32); i++) {
+    int at = min(lane + 32 * i, SPLIT * WARPS - 1);
+    top = max_nan(top, peer(s.top[at % WARPS], at / WARPS));
+  }
+  return warp_max_nan(top);
 }
 
 // What the warps before this one have, in the order of ids, and what all warps of the team have; `mine`: what this has.
@@ -285,22 +366,37 @@ DEVICE uint64_t start_of(Shared& s, uint64_t mine, uint64_t& total) {
   return start;
 }
 
+// Sum of exp(x, id), numbers in [0, 1], over this warp's vectors that reach `floor`.
+template <typename V, typename Exp> DEVICE uint64_t warp_mass(const V& view, float floor, Exp exp) {
+  uint64_t mine = 0;
+  view.each_vector(floor, [&](const uint4& raw, int id) {
+    Fixed sum;
+#pragma unroll
+    for (int e = 0; e < V::WIDTH; e++) sum.add(exp(element<typename V::Element>(raw, e), id + e));
+    mine += sum.sum();
+  });
+  return warp_sum(mine);
+}
+
 // The token in whose stretch of the cumulative weights, in the order of ids, the number pick(total) lies. Its lane
 // gets its id, every other thread of the team gets -1. `total` is what all weights add up to.
-template <typename V, typename Weight, typename Pick>
-DEVICE int locate(Shared& s, const V& view, Weight weight, Pick pick, uint64_t& total) {
+template <typename V, typename Exp, typename Pick>
+DEVICE int locate(Shared& s, const V& view, float floor, Exp exp, Pick pick, uint64_t& total) {
   int lane = threadIdx.x & 31;
-  uint64_t mine = 0;
-  view.each([&](float x, int id) { mine += weight(x, id); });
-  mine = warp_sum(mine);
-  uint64_t start = start_of(s, mine, total), goal = pick(total);
+  uint64_t mine = warp_mass(view, floor, exp), start = start_of(s, mine, total), goal = pick(total);
   if (total == 0 || goal < start || goal - start >= mine) return -1;
   goal -= start;
+#pragma unroll 1
   for (int tile = view.begin; tile < view.end; tile++) {
     auto raw = view.read(tile);
     uint64_t own = 0, each[V::WIDTH];
 #pragma unroll
-    for (int e = 0; e < V::WIDTH; e++) own += each[e] = weight(view.value(raw.at[e]), view.first(tile) + e);
+    for (int e = 0; e < V::WIDTH; e++) {
+      Fixed one;
+      one.add(exp(element<typename V::Element>(raw, e), view.first(tile) + e));
+      own += each[e] = one.sum();
+    }
+    if (!__any_sync(0xffffffffu, own != 0)) continue;
     uint64_t reached = warp_scan(own, lane), all = __shfl_sync(0xffffffffu, reached, 31);
     if (goal >= all) {
       goal -= all;
@@ -320,183 +416,305 @@ DEVICE int locate(Shared& s, const V& view, Weight weight, Pick pick, uint64_t& 
   return -1;
 }
 
+// Of the tokens for which test(x, id) holds, the one that pick(how many they are) have a lower id of. Its lane gets its
+// id, every other thread of the team gets -1.
+template <typename V, typename Test, typename Pick> DEVICE int nth(Shared& s, const V& view, Test test, Pick pick) {
+  int lane = threadIdx.x & 31, found = -1;
+  uint64_t mine = 0, all;
+  view.each_one([&](float x, int id) { mine += test(x, id); });
+  mine = warp_sum(mine);
+  uint64_t start = start_of(s, mine, all), last = pick(all);
+  if (last < start || last - start >= mine) return -1;
+#pragma unroll 1
+  for (int first = view.from(); first < view.to(); first += 32) {
+    int id = first + lane;
+    uint32_t here = __ballot_sync(0xffffffffu, id < view.to() && test(view.at(id), id));
+    if (here >> lane & 1 && start + __popc(here & ((1u << lane) - 1)) == last) found = id;
+    start += __popc(here);
+  }
+  return found;
+}
+
+// ---- thresholds
+
+DEVICE void add(uint32_t& low, uint32_t& high, uint64_t weight) {
+  uint32_t part = (uint32_t)weight, old = atomicAdd(&low, part);
+  uint32_t rest = (uint32_t)(weight >> 32) + (old + part < old ? 1u : 0u);
+  if (rest) atomicAdd(&high, rest);
+}
+
+template <bool COUNT> DEVICE void clear(Shared& s) {
+  int tid = threadIdx.x;
+  reinterpret_cast<uint64_t*>(s.low)[tid] = 0;
+  if (!COUNT) reinterpret_cast<uint64_t*>(s.high)[tid] = 0;
+  if (tid == 0) s.listed = 0, s.found = s.tie = -1, s.beyond_low = s.beyond_high = 0;
+  __syncthreads();
+}
+
+// The bucket in which aim(total) is reached, -1 if in none, and what the buckets before it hold. To every thread.
+template <bool COUNT, typename Aim>
+DEVICE int scan(Shared& s, Aim aim, uint64_t& goal, uint64_t& before, uint64_t& total) {
+  int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  team_sync();
+  uint64_t a = 0, b = 0;
+#pragma unroll
+  for (int rank = 0; rank < SPLIT; rank++) {
+    uint64_t low = peer(reinterpret_cast<const uint64_t*>(s.low)[tid], rank);
+    a += (uint32_t)low, b += low >> 32;
+    if (!COUNT) {
+      uint64_t high = peer(reinterpret_cast<const uint64_t*>(s.high)[tid], rank);
+      a += high << 32, b += high >> 32 << 32;
+    }
+  }
+  if (!COUNT && tid == 0) {
+    uint64_t beyond = 0;
+    for (int rank = 0; rank < SPLIT; rank++) beyond += ((uint64_t)peer(s.beyond_high, rank) << 32) + peer(s.beyond_low, rank);
+    s.beyond = beyond;
+  }
+  uint64_t up_to = warp_scan(a + b, lane), ahead = up_to - a - b;
+  if (lane == 31) s.scan[warp] = up_to;
+  __syncthreads();
+  total = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) {
+    if (i == warp) ahead += total;
+    total += s.scan[i];
+  }
+  if (!COUNT) total += s.beyond;
+  goal = aim(total);
+  if (ahead < goal && goal <= ahead + a + b) {
+    bool second = goal > ahead + a;
+    s.found = 2 * tid + second;
+    s.found_before = second ? ahead + a : ahead;
+  }
+  __syncthreads();
+  before = s.found_before;
+  return s.found;
+}
+
+// How many tokens the team has listed.
+DEVICE int listed(Shared& s) {
+  team_sync();
+  int count = 0;
+#pragma unroll
+  for (int rank = 0; rank < SPLIT; rank++) count += peer(s.listed, rank);
+  return count;
+}
+
+// List the tokens of at least `floor` for which wanted(x, id) holds, until there are too many; how many they are.
+template <typename V, typename Wanted>
+DEVICE int list(Shared& s, const V& view, const Scale& scale, float floor, Wanted wanted) {
+  view.each(floor, [&](float x, int id) {
+    if (x >= floor && wanted(x, id) && *(volatile int*)&s.listed <= LIST) {
+      int at = atomicAdd(&s.listed, 1);
+      if (at < LIST) s.x[at] = x, s.id[at] = id, s.weight[at] = scale.weight(x);
+    }
+  });
+  return listed(s);
+}
+
+// The team's list in one piece, to the threads of every block that calls this, or of the first block only.
+struct Listed {
+  const float* x;
+  const int* id;
+  const uint64_t* weight;
+};
+DEVICE Listed gather(Shared& s) {
+#if SPLIT > 1
+  int from = 0, tid = threadIdx.x;
+  for (int rank = 0; rank < SPLIT; rank++) {
+    int n = peer(s.listed, rank);
+    if (tid < n) {
+      s.all_x[from + tid] = peer(s.x[tid], rank);
+      s.all_id[from + tid] = peer(s.id[tid], rank);
+      s.all_weight[from + tid] = peer(s.weight[tid], rank);
+    }
+    from += n;
+  }
+  __syncthreads();
+  return {s.all_x, s.all_id, s.all_weight};
+#else
+  return {s.x, s.id, s.weight};
+#endif
+}
+
+// Several neighbouring lanes share a token of the list: 32 for a short one, 1 for a full one.
+struct Shares {
+  int parts, part, at;
+  DEVICE Shares(int count) : parts(1) {
+    while (parts < 32 && 2 * parts * count <= THREADS) parts *= 2;
+    part = threadIdx.x & (parts - 1), at = threadIdx.x / parts;
+  }
+  template <typename N> DEVICE N sum(N x) const {
+    for (int offset = parts / 2; offset; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+  }
+};
+
+// For this thread's token of the list: how many are larger, how many equals have lower ids, and what all these weigh.
+DEVICE void rank_in(const Listed& list, int count, const Shares& own, int& larger, int& equal, uint64_t& weight) {
+  larger = equal = 0, weight = 0;
+  if (own.at < count) {
+    float x = list.x[own.at];
+    int id = list.id[own.at];
+#pragma unroll 4
+    for (int i = own.part; i < count; i += own.parts) {
+      float other = list.x[i];
+      bool more = other > x, same = other == x && list.id[i] < id;
+      larger += more, equal += same;
+      if (more || same) weight += list.weight[i];
+    }
+  }
+  larger = own.sum(larger), equal = own.sum(equal), weight = own.sum(weight);
+}
+
+DEVICE uint64_t block_total(Shared& s, uint64_t x) {
+  x = warp_sum(x);
+  if ((threadIdx.x & 31) == 0) s.scan[threadIdx.x >> 5] = x;
+  __syncthreads();
+  x = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) x += s.scan[i];
+  __syncthreads();
+  return x;
+}
+
 struct Border {
   float x;
   int id;
   DEVICE bool holds(float value, int at) const { return value > x || (value == x && at <= id); }
 };
 
-// The last token of the smallest set, largest first and lower ids first among equals, whose weights reach a goal.
+// The smallest set of tokens, largest first and lower ids first among equals, whose weights reach a goal.
+//
+// Returns the length of the list, if the set and what is in its last bucket fit; each block then holds its part of it.
+// Else returns -1, and `border` is the set's last token.
+//   COUNT: every token weighs 1 here (in the list it has its weight); else as `scale` says
 //   bucket(x, id): rising with falling x, below BUCKETS; BUCKETS: counts in the total only; -1: not at all
-//   weight(x): at least 1 where bucket is below BUCKETS
+//   floor_of(bucket): a logit below all in this bucket and those before it
 //   aim(total): the goal, at least 1; if all buckets do not reach it, every token belongs to the set
-// Without `ids`, the border's id is LAST_ID: all tokens that equal the last one belong to the set.
-template <typename V, typename Bucket, typename Weight, typename Aim>
-DEVICE Border select(Shared& s, const V& view, Bucket bucket, Weight weight, Aim aim, bool ids) {
-  int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  int coarse = -1, shift = 32;  // the bucket being divided, and how many low bits of its keys are still open
+//   peaks: whether to begin with the threads' maxima, of which `own` is one
+//   ids: else all that equal the last token belong to the set, and the border's id is LAST_ID
+template <bool COUNT, typename V, typename Bucket, typename Floor, typename Aim>
+DEVICE int select(Shared& s, const V& view, const Scale& scale, Bucket bucket, Floor floor_of, Aim aim, bool peaks,
+                  float own, bool ids, Border& border, uint64_t& total) {
+  int lane = threadIdx.x & 31;
+  float floor = floor_of(BUCKETS - 1);
+  uint64_t goal, before;
+  border = {-INFINITY_F, LAST_ID};
+
+  if (COUNT && peaks) {
+    clear<true>(s);
+    int at = own > -INFINITY_F ? bucket(own, 0) : -1;
+    if (at >= 0 && at < BUCKETS) atomicAdd(&s.low[at], 1u);
+    int last = scan<true>(s, aim, goal, before, total);
+    if (last >= 0) {
+      floor = fmaxf(floor, floor_of(last));
+      int count = list(s, view, scale, floor, [&](float x, int id) {
+        int at = bucket(x, id);
+        return at >= 0 && at <= last;
+      });
+      if (count <= LIST) return count;
+    }
+    team_sync();  // before anything is cleared
+  }
+
+  clear<COUNT>(s);
+  uint64_t beyond = 0;
+  if (COUNT) {
+    view.each(floor, [&](float x, int id) {
+      int at = bucket(x, id);
+      if (at >= 0) atomicAdd(&s.low[at], 1u);
+    });
+  } else {
+    view.each_vector(floor, [&](const uint4& raw, int id) {
+#pragma unroll
+      for (int e = 0; e < V::WIDTH; e++) {
+        float x = element<typename V::Element>(raw, e);
+        int at = bucket(x, id + e);
+        if (at < 0) continue;
+        uint64_t weight = scale.weight(x);
+        if (at < BUCKETS) add(s.low[at], s.high[at], weight);
+        else beyond += weight;
+      }
+    });
+    beyond = warp_sum(beyond);
+    if (lane == 0 && beyond) add(s.beyond_low, s.beyond_high, beyond);
+  }
+  int coarse = scan<COUNT>(s, aim, goal, before, total);
+  if (coarse < 0) {
+    team_sync();
+    return -1;
+  }
+  floor = fmaxf(floor, floor_of(coarse));
+  if (!COUNT || goal <= LIST) {
+    int count = list(s, view, scale, floor, [&](float x, int id) {
+      int at = bucket(x, id);
+      return at >= 0 && at <= coarse;
+    });
+    if (count <= LIST) return count;
+    team_sync();
+    if (threadIdx.x == 0) s.listed = 0;
+    __syncthreads();
+  }
+
+  int shift = 32;  // how many low bits of the bucket's keys are still open
   uint32_t prefix = 0;
-  uint64_t goal = 0;
   auto member = [&](float x, int id) {
     return bucket(x, id) == coarse && (shift == 32 || falling_key(x) >> shift == prefix);
   };
   for (;;) {
-    for (int i = tid; i <= BUCKETS; i += THREADS) s.low[i] = s.high[i] = 0;
-    if (tid == 0) s.listed = 0, s.found = s.tie = -1;
-    __syncthreads();
-    int next = shift > 10 ? (coarse < 0 ? 32 : shift - 10) : 0;
-    uint64_t beyond = 0;
-    if (coarse < 0) {
-      view.each([&](float x, int id) {
-        int at = bucket(x, id);
-        if (at >= 0) {
-          if (at < BUCKETS) add(s, at, weight(x));
-          else beyond += weight(x);
-        }
-      });
-      beyond = warp_sum(beyond);
-      if (lane == 0 && beyond) add(s, BUCKETS, beyond);
-    } else {
-      view.each_one([&](float x, int id) {
-        if (member(x, id)) add(s, falling_key(x) >> next & ((1u << (shift - next)) - 1), weight(x));
-      });
-    }
-    team_sync();
-
-    uint64_t a = 0, b = 0, rest = 0;
-#pragma unroll
-    for (int rank = 0; rank < SPLIT; rank++) {
-      a += ((uint64_t)peer(s.high[2 * tid], rank) << 32) + peer(s.low[2 * tid], rank);
-      b += ((uint64_t)peer(s.high[2 * tid + 1], rank) << 32) + peer(s.low[2 * tid + 1], rank);
-      rest += ((uint64_t)peer(s.high[BUCKETS], rank) << 32) + peer(s.low[BUCKETS], rank);
-    }
-    uint64_t up_to = warp_scan(a + b, lane), total = 0, before = up_to - a - b;
-    if (lane == 31) s.scan[warp] = up_to;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) {
-      if (i == warp) before += total;
-      total += s.scan[i];
-    }
-    if (coarse < 0) goal = aim(total + rest);
-    if (before < goal && goal <= before + a + b) {
-      bool second = goal > before + a;
-      s.found = 2 * tid + second;
-      s.found_before = second ? before + a : before;
-    }
-    __syncthreads();
-    if (s.found < 0) {
-      team_sync();
-      return {-INFINITY_F, LAST_ID};
-    }
-    goal -= s.found_before;
-    if (coarse < 0) {
-      coarse = s.found;
-    } else {
-      prefix = (shift == 32 ? 0 : prefix << (shift - next)) | s.found;
-      shift = next;
-    }
-
-    view.each([&](float x, int id) {
-      if (member(x, id)) {
-        int at = atomicAdd(&s.listed, 1);
-        if (at < LIST) s.x[at] = x, s.id[at] = id, s.weight[at] = weight(x);
-      }
-    });
-    team_sync();
-    int count = 0;
-#pragma unroll
-    for (int rank = 0; rank < SPLIT; rank++) count += peer(s.listed, rank);
+    goal -= before;
+    int count = list(s, view, scale, floor, member);
     if (count <= LIST) {
-#if SPLIT > 1
-      int from = 0;
-      for (int rank = 0; rank < SPLIT; rank++) {
-        int n = peer(s.listed, rank);
-        if (tid < n) {
-          s.all_x[from + tid] = peer(s.x[tid], rank);
-          s.all_id[from + tid] = peer(s.id[tid], rank);
-          s.all_weight[from + tid] = peer(s.weight[tid], rank);
-        }
-        from += n;
-      }
+      Listed all = gather(s);
+      Shares mine(count);
+      int larger, equal;
+      uint64_t ahead;
+      rank_in(all, count, mine, larger, equal, ahead);
+      if (COUNT) ahead = larger + equal;
+      if (mine.at < count && ahead < goal && goal <= ahead + (COUNT ? 1 : all.weight[mine.at]))
+        s.border = all.x[mine.at], s.border_id = all.id[mine.at];
       team_sync();
-      const float* xs = s.all_x;
-      const int* at = s.all_id;
-      const uint64_t* weights = s.all_weight;
-#else
-      const float* xs = s.x;
-      const int* at = s.id;
-      const uint64_t* weights = s.weight;
-#endif
-      if (tid < count) {
-        float x = xs[tid];
-        int id = at[tid];
-        uint64_t ahead = 0;
-#pragma unroll 4
-        for (int i = 0; i < count; i++) {
-          float other = xs[i];
-          if (other > x || (other == x && at[i] < id)) ahead += weights[i];
-        }
-        if (ahead < goal && goal <= ahead + weights[tid]) s.border = x, s.border_id = id;
-      }
-      __syncthreads();
-      return {s.border, ids ? s.border_id : LAST_ID};
+      border = {s.border, ids ? s.border_id : LAST_ID};
+      return -1;
     }
-    if (shift == 0) {  // too many to list, all equal
-      Border border = {from_key(prefix), LAST_ID};
-      if (ids) {
-        uint64_t last = (goal - 1) / weight(border.x), equal = 0, all;  // the last that belongs, counted from 0
-        view.each_one([&](float x, int id) { equal += member(x, id); });
-        equal = warp_sum(equal);
-        uint64_t start = start_of(s, equal, all);
-        if (start <= last && last < start + equal) {
-#pragma unroll 1
-          for (int first = view.from(); first < view.to(); first += 32) {
-            int id = first + lane;
-            uint32_t here = __ballot_sync(0xffffffffu, id < view.to() && member(view.value(view.row[id]), id));
-            if (here >> lane & 1 && start + __popc(here & ((1u << lane) - 1)) == last) s.tie = id;
-            start += __popc(here);
-          }
-        }
-        team_sync();
-        border.id = -1;
+    team_sync();
+    if (shift == 0) break;
+    clear<false>(s);
+    int next = shift > 10 ? shift - 10 : 0;
+    view.each_one([&](float x, int id) {
+      if (member(x, id))
+        add(s.low[falling_key(x) >> next & ((1u << (shift - next)) - 1)],
+            s.high[falling_key(x) >> next & ((1u << (shift - next)) - 1)], COUNT ? 1 : scale.weight(x));
+    });
+    uint64_t left = goal, all;
+    int found = scan<false>(s, [&](uint64_t) { return left; }, goal, before, all);
+    prefix = (shift == 32 ? 0 : prefix << (shift - next)) | found;
+    shift = next;
+  }
+  // too many to list, all equal
+  border.x = from_key(prefix);
+  if (ids) {
+    uint64_t last = COUNT ? goal - 1 : (goal - 1) / scale.weight(border.x);  // the last that belongs, counted from 0
+    int id = nth(s, view, member, [&](uint64_t) { return last; });
+    if (id >= 0) s.tie = id;
+    team_sync();
+    border.id = -1;
 #pragma unroll
-        for (int rank = 0; rank < SPLIT; rank++) border.id = max(border.id, peer(s.tie, rank));
-      }
-      team_sync();
-      return border;
-    }
-    team_sync();  // before the counts are cleared
+    for (int rank = 0; rank < SPLIT; rank++) border.id = max(border.id, peer(s.tie, rank));
+    team_sync();
   }
-}
-
-// Largest and smallest value of a row to every thread; NaN if there is one. -inf counts for the largest only.
-template <typename V> DEVICE float extremes(Shared& s, const V& view, float* smallest) {
-  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  float top = -INFINITY_F, bottom = INFINITY_F;
-  if (smallest) view.template each<4>([&](float x, int) { top = max_nan(top, x), bottom = x > -INFINITY_F ? fminf(bottom, x) : bottom; });
-  else view.template each<4>([&](float x, int) { top = max_nan(top, x); });
-  top = warp_max_nan(top);
-  if (smallest) bottom = warp_min(bottom);
-  if (lane == 0) s.top[warp] = top, s.bottom[warp] = bottom;
-  team_sync();
-  top = -INFINITY_F, bottom = INFINITY_F;
-  for (int i = lane; i < SPLIT * WARPS; i += 32) {
-    top = max_nan(top, peer(s.top[i % WARPS], i / WARPS));
-    if (smallest) bottom = fminf(bottom, peer(s.bottom[i % WARPS], i / WARPS));
-  }
-  if (smallest) *smallest = warp_min(bottom);
-  return warp_max_nan(top);
+  return -1;
 }
 
 // The largest value and the lowest id that has it; only the first warp of the team's first block gets them.
 template <typename V> DEVICE int argmax(Shared& s, const V& view, float& top) {
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  float own = -INFINITY_F;
-  view.template each<4>([&](float x, int) { own = max_nan(own, x); });
+  float own = thread_max(view);
   top = warp_max_nan(own);
   int id = LAST_ID;
-  if (own == top) view.each([&](float x, int i) { id = x == top ? min(id, i) : id; });
+  if (own == top) view.each(top, [&](float x, int i) { id = x == top ? min(id, i) : id; });
   id = warp_min(id);
   if (lane == 0) s.top[warp] = top, s.top_id[warp] = id;
   team_sync();
@@ -534,11 +752,37 @@ DEVICE void accept(const Row& row, int id, int* out) {
   if (row.counts) row.counts[id] += 1;
 }
 
-template <typename V>
-DEVICE void sample(Shared& s, V view, const Row& row, const scalar_t* raw, int* out, int* reason) {
+// The draw from a list that holds all that can be drawn. For the team's first block. `total`: all weights of the row,
+// where there is no top_k.
+DEVICE void draw_listed(Shared& s, const Row& row, int count, bool by_k, bool by_p, uint64_t total, int* out) {
+  Listed list = gather(s);
+  Shares own(count);
+  int larger, equal;
+  uint64_t ahead;
+  rank_in(list, count, own, larger, equal, ahead);
+  bool kept = own.at < count && (!by_k || larger < row.top_k);
+  uint64_t weight = own.at < count ? list.weight[own.at] : 0;
+  if (by_p) {
+    if (by_k) total = block_total(s, kept && own.part == 0 ? weight : 0);
+    kept = kept && ahead < share_up(row.top_p, total);
+  }
+  if (!kept || weight < row.least) weight = 0;
+  if (own.part == 0 && own.at < count) s.kept[own.at] = weight;
+  uint64_t goal = share(random53(row), block_total(s, own.part == 0 ? weight : 0)), before = 0;
+  if (weight) {
+    int id = list.id[own.at];
+#pragma unroll 4
+    for (int i = own.part; i < count; i += own.parts)
+      if (list.id[i] < id) before += s.kept[i];
+  }
+  before = own.sum(before);
+  if (own.part == 0 && before <= goal && goal < before + weight) accept(row, list.id[own.at], out);
+}
+
+template <typename V> DEVICE void sample(Shared& s, const V& view, const Row& row, const scalar_t* raw, int* out, int* reason) {
   int vocab = view.size;
   bool first = team_rank() == 0 && threadIdx.x < 32;
-  float top;
+  float top, own;
   if (row.temperature == 0.0f) {
     int id = argmax(s, view, top);
     if (first) {
@@ -547,10 +791,15 @@ DEVICE void sample(Shared& s, V view, const Row& row, const scalar_t* raw, int* 
     }
     return;
   }
-  top = extremes(s, view, nullptr);
-  if (top == INFINITY_F) view.forced = true, top = 0.0f;
+  top = row_max(s, view, own);
+  if (top == INFINITY_F) {  // stands for certainty: the choice is among those alone
+    int id = nth(s, view, [](float x, int) { return x == INFINITY_F; },
+                 [&](uint64_t all) { return share(random53(row), share_up(row.top_p, all)); });
+    if (id >= 0) accept(row, id, out);
+    return;
+  }
   bool by_k = row.top_k > 0 && row.top_k < vocab, by_p = row.top_p < 1ull << 53;
-  Scale scale = {0.0f, 0.0f, row.temperature, __frcp_rn(row.temperature)};
+  Scale scale = {top, 0.0f, 0.0f, row.temperature, __frcp_rn(row.temperature)};
   if (by_k && row.top_k <= NARROW_K) scale.before = top;
   else scale.after = scale.nats(top);
   if (!(scale.nats(top) == 0.0f)) {  // -inf, NaN, or too large for the temperature
@@ -558,35 +807,48 @@ DEVICE void sample(Shared& s, V view, const Row& row, const scalar_t* raw, int* 
     return;
   }
   Border border = {-INFINITY_F, LAST_ID};
+  int count = -1;
+  uint64_t total = 0;
   if (by_k) {
     float per_nat = BUCKETS / SUPPORT;
-    border = select(
-        s, view,
+    count = select<true>(
+        s, view, scale,
         [&](float x, int) {
           float far = -scale.nats(x);
           return far < SUPPORT ? min((int)(far * per_nat), BUCKETS - 1) : -1;
         },
-        [](float) { return (uint64_t)1; }, [&](uint64_t) { return (uint64_t)row.top_k; }, false);
+        [&](int bucket) { return scale.floor_at((bucket + 1) * (SUPPORT / BUCKETS)); },
+        [&](uint64_t) { return (uint64_t)row.top_k; }, row.top_k <= LIST / 2, own, false, border, total);
   }
-  if (by_p) {
+  if (by_p && count < 0) {
     float kth = border.x, range = row.range, per_nat = BUCKETS / range;
-    border = select(
-        s, view,
+    count = select<false>(
+        s, view, scale,
         [&](float x, int) {
           float far = -scale.nats(x);
           if (!(x >= kth && far < SUPPORT)) return -1;
           return far < range ? min((int)(far * per_nat), BUCKETS - 1) : BUCKETS;
         },
-        [&](float x) { return scale.weight(x); }, [&](uint64_t all) { return share_up(row.top_p, all); }, true);
+        [&](int bucket) {
+          return fmaxf(scale.floor_at(bucket == BUCKETS - 1 ? SUPPORT : (bucket + 1) * (range / BUCKETS)), kth);
+        },
+        [&](uint64_t all) { return share_up(row.top_p, all); }, false, own, true, border, total);
     border.x = fmaxf(border.x, kth);
+    by_k = false;
   }
-  uint64_t least = row.least, total;
+  if (count >= 0) {
+    if (team_rank() == 0) draw_listed(s, row, count, by_k, by_p, total, out);
+    return;
+  }
+  uint64_t least = row.least;
+  float smallest = (float)least * 0x1p-44f, floor = fmaxf(border.x, scale.floor_at(SUPPORT));
+  if (least) floor = fmaxf(floor, scale.floor_at(0.001f - __logf(smallest)));
   int id = locate(
-      s, view,
+      s, view, floor,
       [&](float x, int at) {
-        if (!border.holds(x, at)) return (uint64_t)0;
-        uint64_t weight = scale.weight(x);
-        return weight >= least ? weight : (uint64_t)0;
+        if (!border.holds(x, at)) return 0.0f;
+        float weight = scale.exp(x);
+        return !least || scale.weight(x) >= least ? weight : 0.0f;
       },
       [&](uint64_t all) { return share(random53(row), all); }, total);
   if (id >= 0) accept(row, id, out);
@@ -649,7 +911,7 @@ extern "C" __global__ void TEAM __launch_bounds__(THREADS, 2)
   pdl_launch();
   int at = blockIdx.x / SPLIT, tid = threadIdx.x;
   const Row& row = rows[at];
-  int best = min(min(row.logprobs, width), vocab), chosen = ids[at];
+  int best = min(min(row.logprobs, width), min(vocab, LIST)), chosen = ids[at];
   if (!row.used || row.logprobs < 0 || chosen < 0) return;
   const scalar_t* raw = logits + at * stride;
   values += (int64_t)at * (1 + width);
@@ -657,59 +919,63 @@ extern "C" __global__ void TEAM __launch_bounds__(THREADS, 2)
   View<scalar_t> view(raw, vocab);
   bool first = team_rank() == 0;
 
-  float bottom, top = extremes(s, view, &bottom);
+  float own, top = row_max(s, view, own);
   if (!(top < INFINITY_F)) {  // no distribution
     if (first && tid <= best) values[tid] = NAN_F, tokens[tid] = tid ? tid - 1 : 1;
     if (SPLIT > 1) team_sync();
     return;
   }
-  Scale scale = {top, 0.0f, 1.0f, 1.0f};
-  uint64_t total;
-  locate(s, view, [&](float x, int) { return scale.weight(x); }, [](uint64_t all) { return all; }, total);
+  Scale scale = {top, top, 0.0f, 1.0f, 1.0f};
+  uint64_t total, weighed = warp_mass(view, scale.floor_at(SUPPORT), [&](float x, int) { return scale.exp(x); });
+  start_of(s, weighed, total);
   float log_sum = (float)log((double)total * 0x1p-44);
   auto logprob = [&](float x) { return __fsub_rn(__fsub_rn(x, top), log_sum); };
 
   Border border = {INFINITY_F, -1};
+  int count = 0;
   if (best > 0) {
-    float per_unit = BUCKETS / fmaxf(top - bottom, 1e-30f);
-    border = select(
-        s, view,
-        [&](float x, int id) {
+    count = select<true>(
+        s, view, scale,
+        [&](float x, int id) {  // all beyond the support are in the last bucket
           if ((unsigned)id >= (unsigned)vocab) return -1;
-          float far = __fmul_rn(__fsub_rn(top, x), per_unit);
+          float far = __fmul_rn(__fsub_rn(top, x), BUCKETS / SUPPORT);
           return far < BUCKETS ? (int)far : BUCKETS - 1;
         },
-        [](float) { return (uint64_t)1; }, [&](uint64_t) { return (uint64_t)best; }, true);
+        [&](int bucket) { return bucket == BUCKETS - 1 ? -INFINITY_F : scale.floor_at((bucket + 1) * (SUPPORT / BUCKETS)); },
+        [&](uint64_t) { return (uint64_t)best; }, best <= LIST / 2, own, true, border, total);
   }
+  if (count < 0) {  // the set itself, which is no larger than the list
+    team_sync();
+    if (tid == 0) s.listed = 0;
+    __syncthreads();
+    view.each_one([&](float x, int id) {
+      if (border.holds(x, id)) {
+        int place = atomicAdd(&s.listed, 1);
+        if (place < LIST) s.x[place] = x, s.id[place] = id, s.weight[place] = 0;
+      }
+    });
+    count = listed(s);
+  }
+  if (tid == 0) s.ahead = 0;
   __syncthreads();
-  if (tid == 0) s.listed = s.ahead = 0;
-  __syncthreads();
-  float own = logprob(to_float(raw[chosen]));
+  float chosens = logprob(to_float(raw[chosen]));
   int ahead = 0;
-  view.each([&](float x, int id) {
-    if (logprob(x) > own) ahead++;
-    if ((unsigned)id < (unsigned)vocab && border.holds(x, id)) {
-      int place = atomicAdd(&s.listed, 1);
-      if (place < LIST) s.x[place] = x, s.id[place] = id;
-    }
-  });
+  view.each(to_float(raw[chosen]), [&](float x, int) { ahead += logprob(x) > chosens; });
   if (ahead) atomicAdd(&s.ahead, ahead);
   team_sync();
   if (first) {
     int rank = 1;
     for (int r = 0; r < SPLIT; r++) rank += peer(s.ahead, r);
-    if (tid == 0) values[0] = own, tokens[0] = rank;
-  }
-  for (int i = tid; i < min(s.listed, LIST); i += THREADS) {  // each block places its own
-    int place = 0;
-    for (int r = 0; r < SPLIT; r++) {
-      int n = min(peer(s.listed, r), LIST);
-      for (int j = 0; j < n; j++) {
-        float other = peer(s.x[j], r);
-        place += other > s.x[i] || (other == s.x[i] && peer(s.id[j], r) < s.id[i]);
-      }
+    if (tid == 0) values[0] = chosens, tokens[0] = rank;
+    if (best > 0) {
+      Listed list = gather(s);
+      Shares mine(count);
+      int larger, equal;
+      uint64_t weight;
+      rank_in(list, count, mine, larger, equal, weight);
+      if (mine.at < count && mine.part == 0 && larger + equal < best)
+        values[1 + larger + equal] = logprob(list.x[mine.at]), tokens[1 + larger + equal] = list.id[mine.at];
     }
-    if (place < best) values[1 + place] = logprob(s.x[i]), tokens[1 + place] = s.id[i];
   }
   if (SPLIT > 1) team_sync();
 }
