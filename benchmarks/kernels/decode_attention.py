@@ -72,7 +72,7 @@ class Setting:
         self.q = torch.randn(len(lengths), heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         self.out = torch.empty_like(self.q)
 
-    def attention(self, gpu: Gpu, forms: tuple[Form, Form] | None) -> DecodeAttention:
+    def attention(self, gpu: Gpu, forms: tuple[Form, Form, Form] | None) -> DecodeAttention:
         return DecodeAttention(
             gpu,
             dtype=torch.bfloat16,
@@ -154,20 +154,20 @@ def main() -> None:
 
     device = torch.device("cuda", 0)
     gpu = Gpu(device)
-    layouts: dict[tuple[int, int], dict[str, tuple[Form, Form]]] = {}
+    layouts: dict[tuple[int, int], dict[str, tuple[Form, Form, Form]]] = {}
     for heads, kv_heads, _ in cases.values():
         forms = {"chosen": default_forms(gpu, torch.bfloat16, heads, kv_heads, HEAD_DIM)}
         if arguments.sweep:
             for label, options in SWEEP.items():
                 form = fit(torch.bfloat16, heads, kv_heads, HEAD_DIM, gpu.shared_memory, **options)
-                forms[label] = (form, form)
+                forms[label] = (form, form, form)
         layouts[heads, kv_heads] = forms
     units = list(
         {
             unit(torch.bfloat16, heads, kv_heads, HEAD_DIM, BLOCK_SIZE, form): None
             for (heads, kv_heads), forms in layouts.items()
-            for pair in forms.values()
-            for form in pair
+            for layout in forms.values()
+            for form in layout
         }
     )
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as workers:
@@ -203,12 +203,16 @@ def main() -> None:
         print(f"{row['case']:13} ideal {row['ideal_us']:.1f} error {worst:.1e} | " + " ".join(cells))
 
 
+# Warps of a block x key heads that they serve side by side; hints are to the L2 about how much to fetch.
 SWEEP: dict[str, dict[str, Any]] = {
     "4x1": {"across": 1},
+    "4x2": {"across": 2},
     "4x4": {"across": 4},
+    "8x1": {"across": 1, "warps": 8, "blocks": 1},
     "8x4": {"across": 4, "warps": 8, "blocks": 1},
-    "4x1 hint": {"across": 1, "tuning": (("CACHE_HINT", '".L2::128B"'),)},
-    "4x4 hint": {"across": 4, "tuning": (("CACHE_HINT", '".L2::128B"'),)},
+    "8x8": {"across": 8, "warps": 8, "blocks": 1},
+    "4x4 no hint": {"across": 4, "tuning": (("CACHE_HINT", '""'),)},
+    "4x4 256B": {"across": 4, "tuning": (("CACHE_HINT", '".L2::256B"'),)},
 }
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Attention of decoding sequences over the paged cache, on CUDA: one query token per sequence.
 
 The kernel (``csrc/decode_attention.cu``) divides the tokens of all sequences evenly over the GPU, whatever their
-lengths, in one launch. Two forms of it exist: ``narrow``, where all warps of a block share a key head, for the shortest
-latency; and ``wide``, where they serve neighbouring key heads, for many sequences.
+lengths, in one launch. Three forms of it are built: ``single``, large blocks for one sequence; ``narrow``, where all
+warps of a block share a key head; and ``wide``, where they serve neighbouring key heads, for many sequences.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class DecodeAttention:
         block_size: tokens of a cache block, one of :data:`BLOCK_SIZES`.
         max_batch_size: most rows of a call.
         max_seq_len: most tokens of a sequence.
-        forms: overrides the layouts ``(narrow, wide)``, for measurements.
+        forms: overrides the layouts ``(single, narrow, wide)``, for measurements and tests.
 
     Attributes:
         workspace_bytes: what it holds on the GPU.
@@ -163,7 +163,7 @@ class DecodeAttention:
         block_size: int,
         max_batch_size: int,
         max_seq_len: int,
-        forms: tuple[Form, Form] | None = None,
+        forms: tuple[Form, Form, Form] | None = None,
     ) -> None:
         check(dtype, kv_dtype, heads, kv_heads, head_dim, block_size)
         self._block_size = block_size
@@ -232,7 +232,7 @@ class DecodeAttention:
         for vector in (alibi_slopes, sinks):
             if vector is not None and vector.dtype != torch.float32:
                 raise BuildError(f"slopes and sinks are float32, got {vector.dtype}: convert them once at load")
-        form = self._forms[self._wide(batch)]
+        form = self._forms[self._choose(batch)]
         sets = self._virtual_heads // form.across
         tiles = min(self._max_tiles, block_tables.shape[1] * self._block_size // 16 + 2)
         blocks = min(self._sms * form.blocks, batch * sets * tiles)
@@ -261,15 +261,18 @@ class DecodeAttention:
             shared=form.shared,
         )
 
-    def _wide(self, batch: int) -> bool:
-        """Whether pieces are many enough to give each warp its own."""
-        return batch * self._virtual_heads >= 4 * self._sms * self._forms[1].across
+    def _choose(self, batch: int) -> int:
+        """Index of the form, by what was fastest on an H200 (docs/kernels/decode_attention.md)."""
+        if batch == 1 and self._virtual_heads >= 16:  # enough heads to read a short sequence without splitting it
+            return 0
+        return 2 if batch * self._virtual_heads >= 4 * self._sms else 1
 
 
-def default_forms(gpu: Gpu, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> tuple[Form, Form]:
-    """The layouts ``(narrow, wide)`` for a GPU."""
+def default_forms(gpu: Gpu, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> tuple[Form, Form, Form]:
+    """The layouts ``(single, narrow, wide)`` for a GPU."""
+    single = fit(dtype, heads, kv_heads, head_dim, gpu.shared_memory, 1, warps=8, blocks=1)
     narrow, wide = (fit(dtype, heads, kv_heads, head_dim, gpu.shared_memory, across) for across in (1, 4))
-    return narrow, wide
+    return single, narrow, wide
 
 
 def check(dtype: torch.dtype, kv_dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int) -> None:

@@ -54,10 +54,10 @@ LENGTHS = {
 VARIANTS = [(0, 0.0, False, False), (100, 0.0, False, True), (7, 5.0, False, False), (0, 0.0, True, False)]
 
 
-def _forms(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, gpu_shared: int) -> tuple[Form, Form]:
+def _forms(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, shared: int) -> tuple[Form, Form, Form]:
     wide = 4 if kv_heads % 4 == 0 else 2
-    narrow, wider = (fit(dtype, heads, kv_heads, head_dim, gpu_shared, across) for across in (1, wide))
-    return narrow, wider
+    narrow, wider = (fit(dtype, heads, kv_heads, head_dim, shared, across) for across in (1, wide))
+    return fit(dtype, heads, kv_heads, head_dim, shared, 1, warps=8, blocks=1), narrow, wider
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ class Case:
         return paged_attention(q, *args)
 
 
-def _attention(gpu: Gpu, shape: Any, forms: tuple[Form, Form] | None = None, batch: int = 64) -> DecodeAttention:
+def _attention(gpu: Gpu, shape: Any, forms: tuple[Form, Form, Form] | None = None, batch: int = 64) -> DecodeAttention:
     dtype, heads, kv_heads, head_dim, block_size = shape
     return DecodeAttention(
         gpu,
@@ -127,12 +127,12 @@ def _attention(gpu: Gpu, shape: Any, forms: tuple[Form, Form] | None = None, bat
     )
 
 
-@pytest.mark.parametrize("wide", [0, 1])
+@pytest.mark.parametrize("form", [0, 1, 2], ids=["single", "narrow", "wide"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
-def test_agrees_with_the_reference(gpu: Gpu, shape: Any, wide: int) -> None:
+def test_agrees_with_the_reference(gpu: Gpu, shape: Any, form: int) -> None:
     dtype, heads, kv_heads, head_dim, block_size = DTYPES[shape[0]], *shape[1:]
-    form = _forms(dtype, heads, kv_heads, head_dim, gpu.shared_memory)[wide]
-    attention = _attention(gpu, shape, (form, form))
+    layout = _forms(dtype, heads, kv_heads, head_dim, gpu.shared_memory)[form]
+    attention = _attention(gpu, shape, (layout, layout, layout))
     for name, lengths in LENGTHS.items():
         seed = random.randrange(1 << 30)
         case = Case(seed, dtype, heads, kv_heads, head_dim, block_size, lengths)
