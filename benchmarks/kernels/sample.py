@@ -20,6 +20,7 @@ import torch
 
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.sample_cuda import SampleKernels
+from llmapi._runtime.philox import uniforms
 from llmapi._runtime.request import Request
 from llmapi._runtime.sampler import Sampler, SampleRow
 from llmapi._runtime.sampler_cuda import CudaSampler
@@ -104,7 +105,7 @@ def torchs_way(x: torch.Tensor, kind: dict[str, Any]) -> torch.Tensor:
 
 
 def settings(sampler: CudaSampler, rows: list[SampleRow]) -> torch.Tensor:
-    table, _ = sampler._pack(rows, [sampler._settings(r.sequence.request.params) for r in rows])
+    table, _ = sampler._pack(rows)
     return torch.from_numpy(table.view(np.uint8).copy()).cuda()
 
 
@@ -115,7 +116,7 @@ def launch(kernels: SampleKernels, packed: torch.Tensor, ids: torch.Tensor, best
         kernels.logprobs(x, packed, ids, values, torch.empty_like(values, dtype=torch.int32))
 
 
-def bench(gpu: Gpu, dtype: torch.dtype, sizes: list[tuple[int, int]]) -> None:
+def bench(gpu: Gpu, dtype: torch.dtype, sizes: list[tuple[int, int]], beside: bool) -> None:
     print(f"{dtype}  {gpu.name}")
     for n, vocab in sizes:
         bytes_ = n * vocab * dtype.itemsize
@@ -132,7 +133,7 @@ def bench(gpu: Gpu, dtype: torch.dtype, sizes: list[tuple[int, int]]) -> None:
             launches = [partial(launch, kernels, packed, ids, kind.get("logprobs"), x) for x in inputs]
             ours = replay_time(launches)
             line = f"  {name:18s} {ours * 1e6:8.1f} us  {ours / limit:5.1f} x limit"
-            if n in (1, 256) and "penalties" not in name and "logprobs" not in name:
+            if beside and n in (1, 256) and "penalties" not in name and "logprobs" not in name:
                 theirs = replay_time([partial(torchs_way, x, kind) for x in inputs[:3]], 3)
                 line += f"   torch {theirs * 1e6:8.1f} us"
             print(line, flush=True)
@@ -158,25 +159,42 @@ def host_time(gpu: Gpu, n: int, vocab: int) -> None:
     print(f"host, N {n:5d}: start {a:6.0f} us, result {b:6.0f} us")
 
 
+def exactly(x: torch.Tensor, kind: dict[str, Any], u: torch.Tensor) -> torch.Tensor:
+    """The tokens of the exact distribution, in float64."""
+    z = x.double()
+    if "top_k" in kind:
+        z = z.masked_fill(z < z.topk(kind["top_k"], dim=1).values[:, -1:], -torch.inf)
+    p = (z / kind.get("temperature", 1.0)).softmax(1)
+    if "top_p" in kind:
+        falling, order = p.sort(dim=1, descending=True, stable=True)
+        falling = falling.masked_fill(falling.cumsum(1) - falling >= kind["top_p"], 0)
+        p = torch.zeros_like(p).scatter_(1, order, falling)
+    total = p.cumsum(1)
+    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
+
+
 def flips(gpu: Gpu, total: int, vocab: int = 32_000) -> None:
-    """How often another token than the CPU's is drawn."""
-    for name, kind in [
-        ("k 50, p .9", KINDS["k 50, p .9"]),
-        ("top_p .9", KINDS["top_p .9"]),
-        ("plain", {}),
-        ("top_k 50", KINDS["top_k 50"]),
-    ]:
+    """How often the token is not the CPU sampler's, and how often either is not that of the exact distribution."""
+    for name in ("plain", "top_k 50", "top_p .9", "k 50, p .9"):
+        kind = KINDS[name]
         sampler = CudaSampler(gpu, vocab, max_rows=512, logits_dtype=torch.bfloat16)
-        different, done, start = 0, 0, time.perf_counter()
-        while done < total and time.perf_counter() - start < 4:
+        counts, done, start = [0, 0, 0], 0, time.perf_counter()
+        while done < total and time.perf_counter() - start < 8:
             x = logits_like_a_models(512, vocab, torch.bfloat16)
             rows = make_rows(512, SamplingParams(**kind))
             for i, r in enumerate(rows):
                 r.sequence.request.seed = done + i
-            mine, theirs = sampler(x, rows), Sampler(vocab)(x.cpu(), rows)
-            different += sum(a.token_ids != b.token_ids for a, b in zip(mine, theirs, strict=True))
+            u = uniforms([r.sequence.request.seed for r in rows], [0] * 512, [2] * 512)
+            mine = torch.tensor([s.token_ids[0] for s in sampler(x, rows)])
+            cpu = torch.tensor([s.token_ids[0] for s in Sampler(vocab)(x.cpu(), rows)])
+            exact = exactly(x, kind, torch.from_numpy(u).cuda()).cpu()
+            for i, (a, b) in enumerate(((mine, cpu), (mine, exact), (cpu, exact))):
+                counts[i] += int((a != b).sum())
             done += 512
-        print(f"flips, {name:12s}: {different} of {done}", flush=True)
+        here, there = f"{counts[1]} here", f"{counts[2]} on the CPU"
+        print(
+            f"flips, {name:12s}: {counts[0]} of {done} against the CPU; off the exact one: {here}, {there}", flush=True
+        )
 
 
 def main() -> None:
@@ -184,6 +202,7 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--few", action="store_true", help="N 1 and 256 only")
+    parser.add_argument("--alone", action="store_true", help="without torch's times")
     args = parser.parse_args()
     torch.manual_seed(time.time_ns() % 1000)
     gpu = Gpu(torch.device("cuda"))
@@ -192,7 +211,7 @@ def main() -> None:
         flips(gpu, args.flips)
     for n in (1, 256, 1024):
         host_time(gpu, n, 32_000)
-    bench(gpu, getattr(torch, args.dtype), sizes)
+    bench(gpu, getattr(torch, args.dtype), sizes, not args.alone)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ MAX_VOCAB = 1 << 19
 """The widest row: sums of weights stay below 2**63."""
 
 _SUPPORT = 32.0  # exp(-32) is below the smallest weight
-_L1_SHARE = 64 << 10  # bytes of a row that a block can keep in L1 beside another block's
+_L1_SHARE = 128 << 10  # bytes of a row that are worth a block, however many rows there are
+_WORTH_A_BLOCK = 8000  # logits that are worth a block where blocks are left
 _THREADS = 512
 
 
@@ -160,12 +161,13 @@ class SampleKernels:
         return logits.shape[0]
 
     def _split(self, rows: int) -> int:
-        """Blocks for a row: as many as fill the chip, or as keep their parts in L1."""
+        """Blocks for a row: as many as give each multiprocessor one, or as keep their parts near L1."""
         if not self._gpu.overlap:  # no clusters
             return 1
         split = 1
         while split < 8 and (
-            2 * split * rows <= 2 * self._gpu.sms or self._vocab * self._dtype.itemsize > split * _L1_SHARE
+            (2 * split * rows <= self._gpu.sms and self._vocab >= 2 * split * _WORTH_A_BLOCK)
+            or self._vocab * self._dtype.itemsize > split * _L1_SHARE
         ):
             split *= 2
         return split

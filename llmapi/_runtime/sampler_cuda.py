@@ -57,6 +57,28 @@ class _Fixed:
     overlaps: bool
 
 
+@dataclass(slots=True)
+class _Batch:
+    """The rows of a step, kept for the next one.
+
+    Attributes:
+        sequences, draws: by which it is known again.
+        fixed: settings by row.
+        table: ``[N]`` of ``ROW``; counters, edits and addresses change in each step.
+        busy: rows that must be looked at in each step.
+        others: rows that the kernels do not serve.
+        width: the most log probabilities that a row wants, -1 if none wants any.
+    """
+
+    sequences: list[Sequence]
+    draws: list[int]
+    fixed: list[_Fixed]
+    table: npt.NDArray[np.void]
+    busy: list[int]
+    others: list[int]
+    width: int
+
+
 class CudaSampler(Sampler):
     """Chooses tokens for a batch of rows on the GPU; the same tokens as :class:`Sampler` up to rounding.
 
@@ -84,7 +106,7 @@ class CudaSampler(Sampler):
         self._scratch: Tensor | None = None  # [rows, V] float32: edited logits
         self._fixed: dict[int, tuple[weakref.ref[SamplingParams], _Fixed]] = {}
         self._last_ids: Tensor | None = None
-        self._packed: tuple[list[Sequence], list[int], npt.NDArray[np.void], list[int]] | None = None  # the last batch
+        self._batch = self._begin([], [])
 
     @property
     def workspace_bytes(self) -> int:
@@ -119,8 +141,7 @@ class CudaSampler(Sampler):
             raise ValueError(
                 f"logits have the shape {list(logits.shape)}, but {len(rows)} rows of {self._vocab} were expected"
             )
-        fixed = [self._settings(row.sequence.request.params) for row in rows]
-        table, edits = self._pack(rows, fixed)
+        table, edits = self._pack(rows)
         n = len(rows)
         ids = torch.empty(2, n, dtype=torch.int32, device=self._device)  # ids, then reasons of failure
         staging = torch.empty(table.nbytes + edits.nbytes, dtype=torch.uint8, pin_memory=True)
@@ -129,47 +150,40 @@ class CudaSampler(Sampler):
         packed[table.nbytes :] = edits.view(np.uint8)
         uploaded = staging.to(self._device, non_blocking=True)
         listed = uploaded[table.nbytes :] if len(edits) else None
-        self._kernels(logits, uploaded, ids[0], edits=listed, reasons=ids[1])
-        pending = PendingTokens(self, list(rows), ids[0], [row.sequence.num_output for row in rows])
-        width = int(table["logprobs"].max(initial=-1))
+        chosen = ids[0]
+        self._kernels(logits, uploaded, chosen, edits=listed, reasons=ids[1])
+        pending = PendingTokens(self, rows, chosen, table["counter"].copy())
+        width = min(self._batch.width, self._vocab)
         if width >= 0:
-            width = min(width, self._vocab)
             values = torch.empty(n, 1 + width, dtype=torch.float32, device=self._device)
             tokens = torch.empty(n, 1 + width, dtype=torch.int32, device=self._device)
-            self._kernels.logprobs(logits, uploaded, ids[0], values, tokens)
+            self._kernels.logprobs(logits, uploaded, chosen, values, tokens)
             pending.copy_logprobs(values, tokens)
         pending.copy_ids(ids)
-        self._last_ids = ids[0]
-        others = [i for i, (row, own) in enumerate(zip(rows, fixed, strict=True)) if not own.served or row.count > 1]
+        self._last_ids = chosen
+        others = self._batch.others
         if others:
             at = torch.tensor(others, device=self._device)
             sampled = super().__call__(logits[at], [rows[i] for i in others])
             pending.ready = dict(zip(others, sampled, strict=True))
-            ids[0, at] = torch.tensor(
+            chosen[at] = torch.tensor(
                 [s.token_ids[0] if s.token_ids else -1 for s in sampled], dtype=torch.int32, device=self._device
             )
         return pending
 
-    def _pack(self, rows: Rows[SampleRow], fixed: list[_Fixed]) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
-        """The batch's settings, ``[N]`` of ``ROW``, and its edits, ``[M]`` of ``EDIT``."""
+    def _pack(self, rows: Rows[SampleRow]) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
+        """The batch's settings, ``[N]`` of ``ROW``, and its edits, ``[M]`` of ``EDIT``; valid until the next call."""
         sequences, draws = [row.sequence for row in rows], [row.count for row in rows]
-        if self._packed is None or self._packed[:2] != (sequences, draws):
-            table = np.frombuffer(b"".join([own.row for own in fixed]), dtype=ROW).copy()
-            table["seed"] = [s.request.seed for s in sequences]
-            table["stream"] = [s.index for s in sequences]
-            busy = [i for i, own in enumerate(fixed) if own.busy]
-            table["used"] *= np.array(draws, dtype=np.int32) == 1
-            self._packed = sequences, draws, table, busy
-        _, _, table, busy = self._packed
+        if self._batch.sequences != sequences or self._batch.draws != draws:
+            self._batch = self._begin(sequences, draws)
+        table, fixed = self._batch.table, self._batch.fixed
         table["counter"] = [len(s.token_ids) - s.num_prompt for s in sequences]
         edits: list[npt.NDArray[np.void]] = []
         length, edited = 0, []
         penalized: list[int] = []
-        for i in busy:
-            row, own = rows[i], fixed[i]
-            if row.count > 1:
-                continue
-            banned = self._banned(row.sequence, own) if own.ends or own.words else []
+        for i in self._batch.busy:
+            sequence, own = sequences[i], fixed[i]
+            banned = self._banned(sequence, own) if own.ends or own.words else []
             if own.penalized:
                 penalized.append(i)
             table["edits"][i] = table["bans"][i] = table["edits_end"][i] = table["edited"][i] = 0
@@ -184,10 +198,23 @@ class CudaSampler(Sampler):
                 continue
             edited.append(i)
         if penalized:
-            table["counts"][penalized] = self._counts.addresses([rows[i].sequence for i in penalized], self._last_ids)
+            table["counts"][penalized] = self._counts.addresses([sequences[i] for i in penalized], self._last_ids)
         if edited:
             table["edited"][edited] = self._scratch_rows(len(edited))
         return table, np.concatenate(edits) if edits else np.zeros(0, dtype=EDIT)
+
+    def _begin(self, sequences: list[Sequence], draws: list[int]) -> _Batch:
+        """What stays while the same sequences are sampled step after step."""
+        fixed = [self._settings(s.request.params) for s in sequences]
+        table = np.zeros(len(sequences), dtype=ROW)
+        table.view(np.uint8)[:] = np.frombuffer(bytearray().join(own.row for own in fixed), dtype=np.uint8)
+        table["seed"] = [s.request.seed for s in sequences]
+        table["stream"] = [s.index for s in sequences]
+        table["used"] *= np.array(draws, dtype=np.int32) == 1
+        busy = [i for i, own in enumerate(fixed) if own.busy and draws[i] == 1]
+        others = [i for i, own in enumerate(fixed) if not own.served or draws[i] > 1]
+        width = int(table["logprobs"].max(initial=-1))
+        return _Batch(sequences, draws, fixed, table, busy, others, width)
 
     def _banned(self, sequence: Sequence, own: _Fixed) -> list[int]:
         """Ids that may not come next; ids beyond the vocabulary are left out."""
@@ -251,9 +278,11 @@ class PendingTokens:
         ready: results of rows that needed the host, by place in the batch.
     """
 
-    def __init__(self, sampler: CudaSampler, rows: list[SampleRow], ids: Tensor, positions: list[int]) -> None:
+    def __init__(
+        self, sampler: CudaSampler, rows: Rows[SampleRow], ids: Tensor, positions: npt.NDArray[np.uint64]
+    ) -> None:
         self._sampler = sampler
-        self._rows = rows
+        self._rows = list(rows)
         self._positions = positions
         self.ids = ids
         self.ready: dict[int, Sampled] = {}
@@ -282,7 +311,7 @@ class PendingTokens:
             if i in self.ready:
                 out.append(self.ready[i])
             elif ids[i] < 0:
-                out.append(Sampled([], error=self._error(row.sequence, self._positions[i], reasons[i])))
+                out.append(Sampled([], error=self._error(row.sequence, int(self._positions[i]), reasons[i])))
             else:
                 found = Sampled([ids[i]])
                 if row.sequence.request.params.logprobs is not None:

@@ -107,6 +107,8 @@ def noise(n: int, vocab: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
 def within_rounding(x: torch.Tensor, r: SampleRow, tokens: list[int]) -> bool:
     """Whether the row's uniform number lies within rounding of each token's stretch of the exact distribution.
 
+    Rounding moves the ends of stretches, and the token at which a nucleus ends.
+
     Args:
         x: ``[V]`` edited logits.
         r: the row; not greedy.
@@ -120,17 +122,33 @@ def within_rounding(x: torch.Tensor, r: SampleRow, tokens: list[int]) -> bool:
         weights[x < x.topk(p.top_k).values[-1]] = 0
     falling, order = weights.sort(descending=True, stable=True)
     before = falling.cumsum(0) - falling
-    good = set()
     whole = ROUNDING + len(x) / 16 * 2**-24  # the CPU's float32 sum over a row, in lanes of 16
-    for shift in (-1, -0.1, 0, 0.1, 1):
+    low, high = dict.fromkeys(tokens, 2.0), dict.fromkeys(tokens, -2.0)
+    for shift in (-1, 0, 1):
         kept = weights.clone()
         if p.top_p < 1:
             kept[order[before >= (p.top_p + shift * whole) * falling.sum()]] = 0
         kept[weights < p.min_p * (1 + shift * ROUNDING) * weights.max()] = 0
-        top = kept.cumsum(0) / kept.sum()
-        low = top - kept / kept.sum()
-        good |= {t for t in tokens if low[t] - ROUNDING <= u <= top[t] + ROUNDING}
-    return good == set(tokens)
+        total = kept.cumsum(0) / kept.sum()
+        for t in tokens:
+            low[t] = min(low[t], float(total[t] - kept[t] / kept.sum()))
+            high[t] = max(high[t], float(total[t]))
+    return all(low[t] - ROUNDING <= u <= high[t] + ROUNDING for t in tokens)
+
+
+def exact_token(x: torch.Tensor, r: SampleRow) -> int:
+    """The token of the exact distribution, in float64; without min_p."""
+    p, seq = r.sequence.request.params, r.sequence
+    [u] = uniforms([seq.request.seed], [seq.index], [seq.num_output])
+    z = x.double() / p.temperature
+    weights = (z - z.max()).exp()
+    if 0 < p.top_k < len(x):
+        weights[x < x.topk(p.top_k).values[-1]] = 0
+    falling, order = weights.sort(descending=True, stable=True)
+    if p.top_p < 1:
+        weights[order[falling.cumsum(0) - falling >= p.top_p * falling.sum()]] = 0
+    total = weights.cumsum(0)
+    return int(torch.searchsorted(total, total[-1:] * u, right=True))
 
 
 def compare(x: torch.Tensor, rows: list[SampleRow], expected: list[Sampled], got: list[Sampled], note: str) -> int:
@@ -190,7 +208,10 @@ def test_a_row_gives_the_same_token_in_any_batch(gpu: Gpu, vocab: int, seed: int
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("n", [1, 300])
 def test_ties(gpu: Gpu, n: int, dtype: torch.dtype, seed: int) -> None:
-    """Rows of few distinct values: more equal tokens at a border than are listed."""
+    """Rows of few distinct values: more equal tokens at a border than are listed.
+
+    The oracle is float64: the CPU sampler's float32 sum over tens of thousands of equal numbers errs by whole tokens.
+    """
     vocab, rng = 40_000, random.Random(seed)
     x = torch.zeros(n, vocab, dtype=dtype, device="cuda")
     levels = torch.tensor([0.0, -0.0, 1.0, 1.001, 1.002, -2.0, 1e-30, -1e-30, -torch.inf], device="cuda")
@@ -205,9 +226,12 @@ def test_ties(gpu: Gpu, n: int, dtype: torch.dtype, seed: int) -> None:
         )
         for _ in range(n)
     ]
-    expected = Sampler(vocab)(x.cpu(), rows)
-    flips = compare(x, rows, expected, make(gpu, vocab, dtype)(x, rows), f"seed {seed}")
-    assert flips <= 2 + n // 20, f"seed {seed}"  # thousands of equal tokens: the CPU's float32 sums err by a token
+    got = make(gpu, vocab, dtype)(x, rows)
+    for i, s in enumerate(got):
+        assert (s.error is None) == bool(torch.isfinite(x[i]).any()), f"seed {seed} row {i}"
+    alive = [i for i in range(n) if got[i].error is None]
+    flips = sum(got[i].token_ids != [exact_token(x[i].cpu().float(), rows[i])] for i in alive)
+    assert len(alive) >= n // 2 and flips <= 2, f"seed {seed}: {flips}"
 
 
 def test_failures_and_infinities(gpu: Gpu) -> None:

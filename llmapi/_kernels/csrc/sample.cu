@@ -12,6 +12,7 @@
 // bucket in which the goal is reached. Where no more than LIST tokens are in it and the buckets above, they are listed,
 // and the rest of the work is done on the list, by ranking its tokens against each other. For a small k the histogram
 // is of the maxima of the threads alone: k of them are at least that large, so the k largest tokens are. Where there
+// For a nucleus, the hundred or so largest found this way are tried first. Where there
 // are more, those in the bucket are ranked; if even these are too many, the bucket is divided by the bits of its
 // values, at last down to equal values.
 //
@@ -36,6 +37,7 @@
 constexpr int THREADS = 512, WARPS = THREADS / 32;
 constexpr int BUCKETS = 2 * THREADS;  // two to a thread in the scan
 constexpr int LIST = THREADS;         // tokens that are ranked against each other, one to a thread
+constexpr int NUCLEUS = 128;          // about how many of the largest are listed in search of a nucleus
 constexpr int LAST_ID = 0x7fffffff;
 constexpr int NARROW_K = 1024;     // as draw.py: up to here (x - max) / temperature, beyond x / temperature - max / t.
 constexpr float SUPPORT = 32.0f;   // exp(-32) < 2^-45: farther tokens have no weight
@@ -378,6 +380,17 @@ template <typename V, typename Exp> DEVICE uint64_t warp_mass(const V& view, flo
   return warp_sum(mine);
 }
 
+// Two sums over the team.
+DEVICE void team_totals(Shared& s, uint64_t& a, uint64_t& b) {
+  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  a = warp_sum(a), b = warp_sum(b);
+  if (lane == 0) s.mass[warp] = a, s.scan[warp] = b;
+  team_sync();
+  a = b = 0;
+  for (int i = lane; i < SPLIT * WARPS; i += 32) a += peer(s.mass[i % WARPS], i / WARPS), b += peer(s.scan[i % WARPS], i / WARPS);
+  a = warp_sum(a), b = warp_sum(b);
+}
+
 // The token in whose stretch of the cumulative weights, in the order of ids, the number pick(total) lies. Its lane
 // gets its id, every other thread of the team gets -1. `total` is what all weights add up to.
 template <typename V, typename Exp, typename Pick>
@@ -501,14 +514,20 @@ DEVICE int listed(Shared& s) {
   return count;
 }
 
+// List a token, unless there are too many; its weight.
+DEVICE uint64_t put(Shared& s, const Scale& scale, float x, int id) {
+  if (*(volatile int*)&s.listed > LIST) return 0;
+  int at = atomicAdd(&s.listed, 1);
+  uint64_t weight = scale.weight(x);
+  if (at < LIST) s.x[at] = x, s.id[at] = id, s.weight[at] = weight;
+  return weight;
+}
+
 // List the tokens of at least `floor` for which wanted(x, id) holds, until there are too many; how many they are.
 template <typename V, typename Wanted>
 DEVICE int list(Shared& s, const V& view, const Scale& scale, float floor, Wanted wanted) {
   view.each(floor, [&](float x, int id) {
-    if (x >= floor && wanted(x, id) && *(volatile int*)&s.listed <= LIST) {
-      int at = atomicAdd(&s.listed, 1);
-      if (at < LIST) s.x[at] = x, s.id[at] = id, s.weight[at] = scale.weight(x);
-    }
+    if (x >= floor && wanted(x, id)) put(s, scale, x, id);
   });
   return listed(s);
 }
@@ -593,7 +612,8 @@ struct Border {
 //   bucket(x, id): rising with falling x, below BUCKETS; BUCKETS: counts in the total only; -1: not at all
 //   floor_of(bucket): a logit below all in this bucket and those before it
 //   aim(total): the goal, at least 1; if all buckets do not reach it, every token belongs to the set
-//   peaks: whether to begin with the threads' maxima, of which `own` is one
+//   peaks: whether to begin with the threads' maxima, of which `own` is one; not COUNT: then nothing may be left out
+//     of bucket() but what has no weight
 //   ids: else all that equal the last token belong to the set, and the border's id is LAST_ID
 template <bool COUNT, typename V, typename Bucket, typename Floor, typename Aim>
 DEVICE int select(Shared& s, const V& view, const Scale& scale, Bucket bucket, Floor floor_of, Aim aim, bool peaks,
@@ -616,6 +636,37 @@ DEVICE int select(Shared& s, const V& view, const Scale& scale, Bucket bucket, F
       });
       if (count <= LIST) return count;
     }
+    team_sync();  // before anything is cleared
+  }
+
+  if (!COUNT && peaks) {
+    clear<true>(s);
+    int at = own > -INFINITY_F ? bucket(own, 0) : -1;
+    if (at >= 0 && at < BUCKETS) atomicAdd(&s.low[at], 1u);
+    int last = scan<true>(s, [](uint64_t) { return (uint64_t)NUCLEUS; }, goal, before, total);
+    if (last < 0) last = BUCKETS - 1;
+    float least = fmaxf(floor, floor_of(last));
+    uint64_t mass = 0, in_list = 0;
+    view.each_vector(floor, [&](const uint4& raw, int id) {
+      Fixed sum;
+#pragma unroll
+      for (int e = 0; e < V::WIDTH; e++) sum.add(scale.exp(element<typename V::Element>(raw, e)));
+      mass += sum.sum();
+      if (peak<typename V::Element>(raw) >= least) {
+        int end = min(id + V::WIDTH, view.size);
+#pragma unroll 1
+        for (id = max(id, 0); id < end; id++) {
+          float x = view.at(id);
+          int at = bucket(x, id);
+          if (at >= 0 && at <= last) in_list += put(s, scale, x, id);
+        }
+      }
+    });
+    team_totals(s, mass, in_list);
+    int count = listed(s);
+    goal = aim(mass);
+    total = mass;
+    if (count <= LIST && in_list >= goal) return count;
     team_sync();  // before anything is cleared
   }
 
@@ -832,7 +883,7 @@ template <typename V> DEVICE void sample(Shared& s, const V& view, const Row& ro
         [&](int bucket) {
           return fmaxf(scale.floor_at(bucket == BUCKETS - 1 ? SUPPORT : (bucket + 1) * (range / BUCKETS)), kth);
         },
-        [&](uint64_t all) { return share_up(row.top_p, all); }, false, own, true, border, total);
+        [&](uint64_t all) { return share_up(row.top_p, all); }, !by_k, own, true, border, total);
     border.x = fmaxf(border.x, kth);
     by_k = false;
   }
@@ -865,7 +916,34 @@ DEVICE void edit(const Row& row, const scalar_t* raw, int vocab, const Edit* edi
   };
   bool lists = row.edits < row.edits_end;
   View<scalar_t> view(raw, vocab);
-  view.each_one([&](float x, int id) { row.edited[id] = row.penalized && !lists ? penalize(x, id) : x; });
+  bool penalties = row.penalized && !lists;
+  constexpr int WIDTH = View<scalar_t>::WIDTH;
+  if (view.lead == 0 && vocab % 8 == 0 && (((uint64_t)row.edited | (uint64_t)row.counts) & 15) == 0) {
+    float* edited = row.edited;
+    const int* counts = row.counts;
+    view.each_vector(-INFINITY_F, [&](const uint4& raw, int id) {
+      if (id >= vocab) return;
+      uint32_t any = 0;
+      if (penalties) {
+#pragma unroll
+        for (int e = 0; e < WIDTH; e += 4) {
+          uint4 count = *reinterpret_cast<const uint4*>(counts + id + e);
+          any |= count.x | count.y | count.z | count.w;
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < WIDTH; e += 4)
+        *reinterpret_cast<float4*>(edited + id + e) =
+            make_float4(element<scalar_t>(raw, e), element<scalar_t>(raw, e + 1), element<scalar_t>(raw, e + 2),
+                        element<scalar_t>(raw, e + 3));
+      if (any) {
+#pragma unroll 1
+        for (int e = 0; e < WIDTH; e++) edited[id + e] = penalize(edited[id + e], id + e);
+      }
+    });
+  } else {
+    view.each_one([&](float x, int id) { row.edited[id] = penalties ? penalize(x, id) : x; });
+  }
   team_sync();
   if (!lists) return;
   int thread = team_rank() * THREADS + threadIdx.x;
