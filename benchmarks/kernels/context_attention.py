@@ -54,10 +54,21 @@ CASES = {
     "prompt": Case(1, 128, 128, 32, 32),
     "batch": Case(64, 128, 128, 32, 32),
     "grouped": Case(8, 1024, 1024, 32, 8),
+    "1 x 512": Case(1, 512, 512, 32, 32),
+    "1 x 1024": Case(1, 1024, 1024, 32, 32),
+    "1 x 2048": Case(1, 2048, 2048, 32, 32),
+    "1 x 32768": Case(1, 32768, 32768, 32, 8),
     "chunk": Case(1, 512, 8704, 32, 32),
+    "tail": Case(1, 32, 8224, 32, 32),
+    "grouped tail": Case(1, 32, 8224, 32, 8),
     "grouped chunk": Case(1, 512, 8704, 32, 8),
     "long fp16": Case(4, 4096, 4096, 32, 32, dtype=torch.float16),
     "head 64": Case(4, 4096, 4096, 32, 32, head_dim=64),
+    "head 80": Case(4, 4096, 4096, 32, 32, head_dim=80),
+    "head 96": Case(4, 4096, 4096, 32, 32, head_dim=96),
+    "head 112": Case(4, 4096, 4096, 32, 32, head_dim=112),
+    "head 112 block 64": Case(4, 4096, 4096, 32, 32, head_dim=112, block_size=64),
+    "head 192": Case(4, 4096, 4096, 16, 16, head_dim=192),
     "head 256": Case(4, 4096, 4096, 16, 16, head_dim=256),
 }
 
@@ -199,7 +210,7 @@ def measure(gpu: Gpu, name: str, case: Case, tiles: list[tuple[int, int, int, in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiles", nargs="*", default=[], help="warpgroups,keys,stages,query buffers: also timed")
+    parser.add_argument("--tiles", nargs="*", default=[], help="as in context_attention_cuda._HOPPER: also timed")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--portable", action="store_true", help="also time the kernel for every architecture")
     options = parser.parse_args()

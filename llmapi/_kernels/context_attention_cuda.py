@@ -25,6 +25,8 @@ _PLAN = Unit.of("context_attention_plan.cu")
 _ENTRY_BYTES = 32
 _QUEUE_BYTES = 16
 _L2_SHARE = 3  # keys and values of the heads at work take at most this part of the cache
+_KEYS_PER_PART = 512  # a tile's keys are not split into less
+_MERGE_TOKENS = 1024  # in steps of more rows no keys are split: the kernel that can is 4 to 9 % slower
 _MAPS = 4096
 
 
@@ -60,13 +62,21 @@ def _portable(dtype: torch.dtype, head_dim: int, shared_memory: int) -> _Tiles:
     )
 
 
-_HOPPER = {64: (2, 128, 2, 2), 128: (2, 128, 2, 2), 192: (2, 96, 2, 1), 256: (2, 64, 2, 1)}
-"""Tiles of ``context_attention_sm90.cu`` by head size: warpgroups, keys, stages, query buffers."""
+_HOPPER = {
+    64: (2, 128, 2, 2),
+    80: (2, 128, 2, 2),
+    96: (2, 128, 2, 2),
+    112: (2, 128, 2, 2),
+    128: (2, 128, 2, 2),
+    192: (2, 96, 2, 1),
+    256: (2, 64, 2, 1),
+}
+"""By head size, for ``context_attention_sm90.cu``: LLM_GROUPS, LLM_KEYS, LLM_STAGES, LLM_QUERIES."""
 
 
-def _hopper(head_dim: int, block_size: int, shape: tuple[int, int, int, int] | None = None) -> _Tiles:
-    groups, keys, stages, queries = shape or _HOPPER[head_dim]
-    shared = (64 * groups * queries + 2 * stages * keys) * head_dim * 2 + 1024
+def _hopper(head_dim: int, block_size: int) -> _Tiles:
+    groups, keys, stages, queries = _HOPPER[head_dim]
+    shared = (64 * groups * queries + 2 * stages * keys) * -(-head_dim // 64) * 128 + 1024
     return _Tiles(
         64 * groups,
         128 * (groups + 1),
@@ -98,7 +108,8 @@ def units(dtype: str) -> list[Unit]:
         found += [_unit("context_attention.cu", of, d, _portable(of, d, shared_memory)) for d in (64, 80, 128, 256)]
     if of != torch.float32:
         for d in _HOPPER:
-            found.append(_unit("context_attention_sm90.cu", of, d, _hopper(d, 16), LLM_ADJUST=int(d == 64)))
+            options = {"LLM_ADJUST": int(d == 64), "LLM_MERGE": int(d >= 128)}
+            found.append(_unit("context_attention_sm90.cu", of, d, _hopper(d, 16), **options))
     return list(dict.fromkeys(found))
 
 
@@ -158,15 +169,20 @@ class ContextAttention:
             self._tiles = _portable(dtype, head_dim, gpu.shared_memory)
         per_sm = 1 if self._hopper else max(1, min(4, gpu.shared_memory // (self._tiles.shared + 1024)))
         self._blocks = gpu.sms * per_sm
-        self._capacity = self._most_entries(max_num_tokens)
+        # Where there are fewer items than blocks, Hopper's kernel splits them, up to one part for each block.
+        self._parts = self._blocks if self._hopper else 0
+        self._capacity = max(self._most_entries(max_num_tokens), self._parts // heads)
+        partial = self._parts * self._tiles.rows * (head_dim + 8)
+        self._partial = torch.empty(partial, dtype=torch.float32, device=gpu.device)
+        self._arrived = torch.zeros(self._parts * self._tiles.rows // 64, dtype=torch.int32, device=gpu.device)
         self._queue = torch.zeros(
             (_QUEUE_BYTES + _ENTRY_BYTES * self._capacity) // 4, dtype=torch.int32, device=gpu.device
         )
         properties: Any = torch.cuda.get_device_properties(gpu.device)
         self._cache_bytes = int(properties.L2_cache_size) // _L2_SHARE
         self._plan_shared = 8 * max_batch_size
-        self._plan = gpu.kernel(_PLAN, "context_plan", "ppppiiiiii", shared=self._plan_shared, overlap=True)
-        self._kernels: dict[bool, Kernel] = {}
+        self._plan = gpu.kernel(_PLAN, "context_plan", "ppppiiiiiiii", shared=self._plan_shared, overlap=True)
+        self._kernels: dict[tuple[bool, bool], Kernel] = {}
         self._maps: dict[tuple[int, ...], bytes] = {}
 
     def _most_entries(self, tokens: int) -> int:
@@ -195,6 +211,8 @@ class ContextAttention:
             self._heads // self._kv_heads,
             2 * self._head_dim * self._dtype.itemsize,
             self._cache_bytes,
+            self._parts,
+            _KEYS_PER_PART,
             shared=self._plan_shared,
         )
 
@@ -241,22 +259,27 @@ class ContextAttention:
         if not planned:
             self.plan(seq_lens, query_start, counts)
         adjust = self._hopper and (softcap != 0.0 or alibi_slopes is not None)
-        kernel = self._kernels.get(adjust)
+        merge = self._hopper and q.shape[0] <= _MERGE_TOKENS
+        kernel = self._kernels.get((adjust, merge))
         if kernel is None:
-            kernel = self._kernels[adjust] = self._kernel(adjust)
-        sources: tuple[Any, ...]
+            kernel = self._kernels[adjust, merge] = self._kernel(adjust, merge)
+        sources: tuple[Any, ...] = (q, q.stride(0), k_cache, v_cache)
+        workspace: tuple[Any, ...] = ()
+        blocks = self._blocks
         if self._hopper:
             sources = (self._query_map(q), self._cache_map(k_cache), self._cache_map(v_cache))
+            workspace = (self._partial, self._arrived)
         else:
-            sources = (q, q.stride(0), k_cache, v_cache)
+            blocks = min(blocks, self._most_entries(q.shape[0]) * self._heads)
         kernel(
-            (min(self._blocks, self._most_entries(q.shape[0]) * self._heads), 1, 1),
+            (blocks, 1, 1),
             self._tiles.threads,
             out,
             *sources,
             block_tables,
             block_tables.stride(0),
             self._queue,
+            *workspace,
             self._heads,
             self._kv_heads,
             self._block_size.bit_length() - 1,
@@ -268,33 +291,38 @@ class ContextAttention:
             shared=self._tiles.shared,
         )
 
-    def _kernel(self, adjust: bool) -> Kernel:
+    def _kernel(self, adjust: bool, merge: bool) -> Kernel:
         if self._hopper:
-            unit = _unit("context_attention_sm90.cu", self._dtype, self._head_dim, self._tiles, LLM_ADJUST=int(adjust))
-            entry, signature = "context_attention_sm90", "ptttpipiiififpp"
+            options = {"LLM_ADJUST": int(adjust), "LLM_MERGE": int(merge)}
+            unit = _unit("context_attention_sm90.cu", self._dtype, self._head_dim, self._tiles, **options)
+            entry, signature = "context_attention_sm90", "ptttpipppiiififpp"
         else:
             unit = _unit("context_attention.cu", self._dtype, self._head_dim, self._tiles)
             entry, signature = "context_attention", "pplpppipiiififpp"
         return self._gpu.kernel(unit, entry, signature, shared=self._tiles.shared, overlap=True)
 
+    @property
+    def _pieces(self) -> tuple[int, int]:
+        """How a head is cut: into pieces of so many elements, of which one copy brings so many."""
+        return (self._head_dim, 1) if self._head_dim % 64 else (64, self._head_dim // 64)
+
     def _query_map(self, q: torch.Tensor) -> bytes:
         tokens, row = q.shape[0], q.stride(0)
         key = (q.data_ptr(), tokens, row)
+        width, pieces = self._pieces
         return self._maps.get(key) or self._map(
-            key,
-            (64, tokens, self._heads * self._head_dim // 64),
-            (row * 2, 128),
-            (64, 64, self._head_dim // 64),
+            key, (width, tokens, self._heads * self._head_dim // width), (row * 2, width * 2), (64, 64, pieces)
         )
 
     def _cache_map(self, cache: torch.Tensor) -> bytes:
         blocks, row = cache.shape[0], self._kv_heads * self._head_dim
         key = (cache.data_ptr(), blocks)
+        width, pieces = self._pieces
         return self._maps.get(key) or self._map(
             key,
-            (64, 8, row // 64, blocks * self._block_size // 8),
-            (row * 2, 128, 8 * row * 2),
-            (64, 8, self._head_dim // 64, self._tiles.defines["LLM_BOX"] // 8),
+            (width, 8, row // width, blocks * self._block_size // 8),
+            (row * 2, width * 2, 8 * row * 2),
+            (64, 8, pieces, self._tiles.defines["LLM_BOX"] // 8),
         )
 
     def _map(

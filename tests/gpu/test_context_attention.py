@@ -50,6 +50,8 @@ class Step:
     seed: int
     padding: int = 3
     """Rows and sequences of no meaning at the end, as a graph's batch has."""
+    idle_rows: int = 0
+    """More rows of no meaning."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator(device="cuda").manual_seed(self.seed)
@@ -81,7 +83,7 @@ class Step:
         self.starts = torch.tensor(starts + [starts[-1]] * self.padding, dtype=torch.int32, device="cuda")
         self.totals = torch.tensor([n for _, n in self.lengths] + [0] * self.padding, dtype=torch.int32, device="cuda")
         self.counts = torch.tensor([self.decoding, len(self.lengths)], dtype=torch.int32, device="cuda")
-        packed = normal(self.rows + self.padding, self.heads * self.head_dim + row)
+        packed = normal(self.rows + self.padding + self.idle_rows, self.heads * self.head_dim + row)
         self.q = packed[:, : self.heads * self.head_dim].view(-1, self.heads, self.head_dim)
         self.slopes = torch.rand(self.heads, generator=generator, device="cuda")
         self.sink_logits = torch.randn(self.heads, generator=generator, device="cuda")
@@ -180,13 +182,40 @@ def test_block_sizes(gpu: Gpu, block_size: int, head_dim: int, portable: bool) -
 
 @pytest.mark.parametrize("portable", [False, True], ids=["best", "portable"])
 @pytest.mark.parametrize(
-    "lengths", [[(1, 1)], [(4096, 4096)], [(512, 8704)], [(1, 131072)], [(1, 1)] * 32, [(70, 70)] * 32], ids=str
+    "lengths",
+    [
+        [(1, 1)],
+        [(4096, 4096)],
+        [(512, 8704)],
+        [(1, 131072)],
+        [(1, 1)] * 32,
+        [(70, 70)] * 32,
+        [(33, 8200), (5, 700), (200, 3001)],
+    ],
+    ids=str,
 )
 def test_extremes(gpu: Gpu, lengths: list[tuple[int, int]], portable: bool) -> None:
+    """Few query tiles: keys are split among blocks. The second call finds what the first left behind."""
     seed = fresh_seed()
-    step = Step(lengths, 0, 4, 2, 128, 16, torch.bfloat16, seed, padding=0)
-    options = step.options()
-    step.check(step.run(step.attention(gpu, portable), options), options, "plain")
+    for head_dim in (64, 80, 128, 256):
+        step = Step(lengths, 0, 4, 2, head_dim, 16, torch.bfloat16, seed, padding=0)
+        attention = step.attention(gpu, portable)
+        for variant in ({}, {}, {"window": 2500, "sinks": True}, {"softcap": 20.0, "alibi": True}):
+            options = step.options(**variant)  # type: ignore[arg-type]
+            step.check(step.run(attention, options), options, str(variant))
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["best", "portable"])
+@pytest.mark.parametrize("idle_rows", [0, 1000, 3000])
+def test_few_tiles_among_many_rows(gpu: Gpu, idle_rows: int, portable: bool) -> None:
+    """The plan splits keys by what there is to do, a call chooses its kernel by the rows: they need not agree."""
+    seed = fresh_seed()
+    lengths = [(33, 8200), (5, 700), (130, 3001)]
+    step = Step(lengths, 0, 4, 2, 128, 16, torch.bfloat16, seed, idle_rows=idle_rows)
+    attention = step.attention(gpu, portable)
+    for variant in ({}, {"window": 2500, "sinks": True}, {"softcap": 20.0, "alibi": True}):
+        options = step.options(**variant)  # type: ignore[arg-type]
+        step.check(step.run(attention, options), options, str(variant))
 
 
 @pytest.mark.parametrize("portable", [False, True], ids=["best", "portable"])

@@ -7,12 +7,12 @@
 struct alignas(16) Entry {
   int sequence;
   int first;    // index of the sequence's first entry
-  int tiles;    // entries of the sequence
+  int entries;  // of the sequence: tiles * splits
   int section;  // query heads whose keys and values fit into the cache together
   int query_begin;
   int query_count;
   int length;  // tokens, this step's included
-  int unused;
+  int splits;  // parts that the keys of a tile are cut into
 };
 
 // The queue: entries * heads items. `next` and `done` are zero between launches.
@@ -24,25 +24,36 @@ struct alignas(16) Queue {
   DEVICE const Entry* entry() const { return reinterpret_cast<const Entry*>(this + 1); }
 };
 
-// A tile of query rows of one head.
+// A tile of query rows of one head, and a part of the keys that it sees.
 struct Item {
   int sequence;
   int head;
   int row;       // first row in q
   int rows;      // rows of the tile that exist
   int position;  // of the first row in its sequence
+  int split;     // which part
+  int splits;
+  int step;  // the item of the next part has an index lower by this
 };
 
-// Items of a sequence go section by section; within a section the tiles with most keys come first, heads innermost.
+// Items of a sequence go section by section; within a section the tiles with most keys come first, then the parts of a
+// tile, heads innermost.
 DEVICE Item find_item(const Queue* queue, int index, int heads, int tile_rows) {
   const Entry* at = queue->entry() + index / heads;
   int4 place = reinterpret_cast<const int4*>(at)[0], span = reinterpret_cast<const int4*>(at)[1];
-  int tiles = place.z, section = place.w, rest = index - place.y * heads;
-  int first_head = rest / (tiles * section) * section;
-  rest -= first_head * tiles;
+  int entries = place.z, section = place.w, splits = span.w, rest = index - place.y * heads;
+  int first_head = rest / (entries * section) * section;
+  rest -= first_head * entries;
   int together = min(section, heads - first_head);
-  int tile = tiles - 1 - rest / together;
+  int tile = entries - 1 - rest / together;
   Item item;
+  item.split = 0;
+  if (splits > 1) {
+    item.split = tile % splits;
+    tile /= splits;
+  }
+  item.splits = splits;
+  item.step = together;
   item.sequence = place.x;
   item.head = first_head + rest % together;
   item.row = span.x + tile * tile_rows;
@@ -75,8 +86,9 @@ DEVICE float soft_capped(float x, float softcap) {
   return softcap * (1.0f - __fdividef(2.0f, 1.0f + e));
 }
 
-// Scores of two rows (row and row + 8), N groups of 8 keys, as matrix instructions leave them: s[4 * j] and s[4 * j + 1]
-// are keys 8 * j + 2 * (lane & 3) and the next one of `row`, s[4 * j + 2] and s[4 * j + 3] those of `row + 8`.
+// Scores of two rows (row and row + 8), N groups of 8 keys, as matrix instructions leave them: s[4 * j] and
+// s[4 * j + 1] are keys 8 * j + 2 * (lane & 3) and the next one of `row`, s[4 * j + 2] and s[4 * j + 3] those of
+// `row + 8`.
 
 // Products to scores in units of log2: scaled, capped, with ALiBi. `distance` is the first key's position minus row's.
 template <int N> DEVICE void adjust_scores(float* s, float scale, float softcap, float slope, int distance) {
@@ -101,8 +113,9 @@ template <int N> DEVICE void mask_scores(float* s, int distance, int window) {
   }
 }
 
-// One step of the running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867): scores become exp2(unit * (s - top)),
-// `top` and `sum` (of this thread's keys only) move on, and `old` is the factor of what was summed before.
+// One step of the running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867): scores become
+// exp2(unit * (s - top)), `top` and `sum` (of this thread's keys only) move on, and `old` is the factor of what was
+// summed before.
 template <int N> DEVICE void softmax_step(float* s, float unit, float (&top)[2], float (&sum)[2], float (&old)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

@@ -5,12 +5,17 @@
 // warpgroups of 64 rows each. A consumer multiplies the next tile's keys while it multiplies the last one's values; the
 // warpgroups take turns, so that the softmax of one runs beside the products of the other.
 //
-// Shared memory: a tile of rows is cut into pieces of 8 rows x 64 columns, 1024 bytes, swizzled by the copy engine. Keys
-// and values: the pieces of 8 tokens side by side. Queries: the pieces of 64 columns below each other.
+// Shared memory: a tile of rows is cut into pieces of 8 rows x 64 columns, 1024 bytes, swizzled by the copy engine;
+// where the head size is no multiple of 64, the last columns are filled with zeros. Queries: the pieces of the same
+// columns follow each other. Keys and values: the pieces of the same 8 tokens do, so that one copy brings whole tokens;
+// where the copy engine must fill columns, it takes one copy for each 64 of them, and the layout is as for the queries.
 //
-// LLM_HEAD_DIM: 64, 128, 192, 256. LLM_KEYS: BN. LLM_GROUPS: GROUPS. LLM_STAGES: tiles of keys, and of values, in flight.
+// Where the plan splits the keys of a tile among items, each leaves its unfinished rows in `partial`; whoever comes
+// last (`arrived` counts) merges them.
+//
+// LLM_HEAD_DIM: multiple of 16. LLM_KEYS: BN. LLM_GROUPS: GROUPS. LLM_STAGES: tiles of keys, and of values, in flight.
 // LLM_BOX: tokens of one copy, a divisor of the block size and BN. LLM_QUERIES: 1 or 2 buffers of queries.
-// LLM_ADJUST: 1 for soft cap and ALiBi.
+// LLM_ADJUST: 1 for soft cap and ALiBi. LLM_MERGE: 1 to follow the plan's splits; with 0 the first part takes all keys.
 #include "context_attention.cuh"
 #include "wgmma.cuh"
 
@@ -19,13 +24,16 @@ constexpr int QUERIES = LLM_QUERIES, BM = 64 * GROUPS, THREADS = 128 * (GROUPS +
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr uint32_t CHUNKS = D / 64;                    // pieces side by side
-constexpr uint32_t GROUP_BYTES = 64 * D * 2;           // queries of a warpgroup
+constexpr bool SPLIT = D % 64 != 0;              // one copy for each 64 columns
+constexpr uint32_t CHUNKS = (D + 63) / 64;       // pieces side by side
+constexpr uint32_t GROUP_BYTES = CHUNKS * 8192;  // queries of a warpgroup
 constexpr uint32_t QUERY_BYTES = GROUPS * GROUP_BYTES;
-constexpr uint32_t TILE_BYTES = BN * D * 2;
-constexpr uint32_t BOX_BYTES = BOX * D * 2;
-constexpr int BOXES = BN / BOX;
-static_assert(BN % BOX == 0 && BOXES <= 32 && BOX % 8 == 0, "boxes tile the keys");
+constexpr uint32_t TILE_BYTES = CHUNKS * BN * 128;
+constexpr uint32_t DOWN = SPLIT ? 1024 : CHUNKS * 1024;  // from a piece of keys or values to that of the next 8 tokens
+constexpr uint32_t ACROSS = SPLIT ? BN * 128 : 1024;     // and to that of the next 64 columns
+constexpr int BOXES = BN / BOX, COPIES = SPLIT ? CHUNKS : 1;
+constexpr uint32_t COPY_BYTES = BOX * 128 * CHUNKS / COPIES;
+static_assert(BN % BOX == 0 && BOXES * COPIES <= 32 && BOX % 8 == 0, "a warp's lanes bring a tile");
 
 struct Shared {
   uint32_t queries, keys, values;  // addresses
@@ -53,18 +61,26 @@ template <int SIZE> struct Ring {
 
 // What the producer tells the consumers of an item, beside its queries.
 struct alignas(16) Notice {
-  int head;  // negative: no more items
-  int row;
-  int rows;
-  int position;
+  Item item;  // its head is negative: no more items
+  int index;
 };
 
+// Tiles of keys of an item, the last one first.
 struct Range {
-  int lowest, highest, end;  // tiles of keys, and keys that the last row sees
-  DEVICE Range(int position, int rows, int window) {
-    end = position + rows;
+  int lowest, highest;
+  int end;    // keys that the last row sees
+  int parts;  // items that share them; this one is empty where its number is not below
+  DEVICE Range(const Item& item, int window) {
+    end = item.position + item.rows;
     highest = (end + BN - 1) / BN - 1;
-    lowest = window ? max(0, position - window + 1) / BN : 0;
+    lowest = window ? max(0, item.position - window + 1) / BN : 0;
+    parts = 1;
+    if (LLM_MERGE && item.splits > 1) {
+      int tiles = highest - lowest + 1;
+      parts = min(item.splits, tiles);
+      highest = lowest + (item.split + 1) * tiles / parts - 1;
+      lowest += item.split * tiles / parts;
+    }
   }
 };
 
@@ -79,32 +95,42 @@ DEVICE void produce(const Shared& shared, Notice* notices, const TensorMap* q_ma
     barrier_wait(shared.query_empty(slot.stage), slot.parity ^ 1);
     if (index >= total) break;
     Item item = find_item(queue, index, heads, BM);
+    Range range(item, window);
     int next = 0;
+    if (lane == 0) next = gridDim.x + atomicAdd(&queue->next, 1);
+    if (item.split >= range.parts) {
+      index = __shfl_sync(0xffffffffu, next, 0);
+      continue;
+    }
     if (lane == 0) {
-      next = gridDim.x + atomicAdd(&queue->next, 1);
-      *reinterpret_cast<int4*>(notices + slot.stage) = make_int4(item.head, item.row, item.rows, item.position);
+      notices[slot.stage].item = item;
+      notices[slot.stage].index = index;
       barrier_expect(shared.query_full(slot.stage), QUERY_BYTES);
     }
     __syncwarp();
-    if (lane < GROUPS)
-      tensor_copy(shared.queries + slot.stage * QUERY_BYTES + lane * GROUP_BYTES, q_map, shared.query_full(slot.stage), 0,
-                  item.row + lane * 64, item.head * CHUNKS);
+    if (lane < GROUPS * COPIES) {
+      int turn = lane % GROUPS, chunk = lane / GROUPS;
+      tensor_copy(shared.queries + slot.stage * QUERY_BYTES + turn * GROUP_BYTES + chunk * 8192, q_map,
+                  shared.query_full(slot.stage), chunk * 64, item.row + turn * 64,
+                  SPLIT ? item.head : item.head * CHUNKS);
+    }
     slot.step();
 
-    Range range(item.position, item.rows, window);
     const int* table = block_tables + (int64_t)item.sequence * table_stride;
-    int column = item.head / group * CHUNKS;
+    int kv_head = item.head / group, box = lane % BOXES, chunk = lane / BOXES;
     // The eight-token group where this lane's box of a tile starts in the cache.
     auto place = [&](int tile) {
-      int position = tile * BN + lane * BOX;
-      if (lane >= BOXES || position >= range.end) return 0;
+      int position = tile * BN + box * BOX;
+      if (chunk >= COPIES || position >= range.end) return 0;
       return ((table[position >> block_shift] << block_shift) + (position & ((1 << block_shift) - 1))) >> 3;
     };
     auto bring = [&](const TensorMap* map, uint32_t to, uint32_t full, int tile, int from) {
       int boxes = min(BOXES, (range.end - tile * BN + BOX - 1) / BOX);
-      if (lane == 0) barrier_expect(full, boxes * BOX_BYTES);
+      if (lane == 0) barrier_expect(full, boxes * COPIES * COPY_BYTES);
       __syncwarp();
-      if (lane < boxes) tensor_copy(to + lane * BOX_BYTES, map, full, 0, 0, column, from);
+      if (box < boxes && chunk < COPIES)
+        tensor_copy(to + chunk * ACROSS + box * COPY_BYTES, map, full, chunk * 64, 0,
+                    SPLIT ? kv_head : kv_head * CHUNKS, from);
     };
     auto bring_keys = [&](int tile, int from) {
       barrier_wait(shared.key_empty(keys.stage), keys.parity ^ 1);
@@ -128,7 +154,7 @@ DEVICE void produce(const Shared& shared, Notice* notices, const TensorMap* q_ma
     index = __shfl_sync(0xffffffffu, next, 0);
   }
   if (lane == 0) {
-    notices[slot.stage].head = -1;
+    notices[slot.stage].item.head = -1;
     barrier_arrive(shared.query_full(slot.stage));
     leave_queue(queue);
   }
@@ -152,18 +178,18 @@ struct Consumer {
     if ((threadIdx.x & 31) == 0) barrier_arrive(barrier);
   }
   DEVICE void multiply_keys() {
-    uint64_t key = matrix_descriptor(shared.keys + keys.stage * TILE_BYTES, 16, 1024 * CHUNKS);
+    uint64_t key = matrix_descriptor(shared.keys + keys.stage * TILE_BYTES, 16, DOWN);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < D / 16; ++i)
-      Wgmma<BN>::ss(s, query + (i / 4 * 8192 + i % 4 * 32) / 16, key + (i / 4 * 1024 + i % 4 * 32) / 16, i != 0);
+      Wgmma<BN>::ss(s, query + (i / 4 * 8192 + i % 4 * 32) / 16, key + (i / 4 * ACROSS + i % 4 * 32) / 16, i != 0);
     wgmma_commit();
   }
   DEVICE void multiply_values() {
-    uint64_t value = matrix_descriptor(shared.values + values.stage * TILE_BYTES, 1024, 1024 * CHUNKS);
+    uint64_t value = matrix_descriptor(shared.values + values.stage * TILE_BYTES, ACROSS, DOWN);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < BN / 16; ++i) Wgmma<D>::rs(o, p + 4 * i, value + i * (2048 * CHUNKS / 16), true);
+    for (int i = 0; i < BN / 16; ++i) Wgmma<D>::rs(o, p + 4 * i, value + i * (2 * DOWN / 16), true);
     wgmma_commit();
   }
   template <bool MASK> DEVICE void soften(int tile) {
@@ -184,11 +210,52 @@ struct Consumer {
     uint32_t base = shared.values + values.stage * TILE_BYTES;
     for (int i = first * (D / 8) + (threadIdx.x & 127); i < BN * (D / 8); i += 128) {
       int row = i / (D / 8), piece = i % (D / 8);
-      uint32_t at = base + ((row >> 3) * CHUNKS + (piece >> 3)) * 1024 + (row & 7) * 128 + ((piece ^ row) & 7) * 16;
+      uint32_t at = base + (row >> 3) * DOWN + (piece >> 3) * ACROSS + (row & 7) * 128 + ((piece ^ row) & 7) * 16;
       asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
     }
     fence_async();
     named_sync(1 + GROUPS + turn, 128);
+  }
+  // Leaves the unfinished rows of an item of several parts in `partial`; true in the last of them, with all merged.
+  DEVICE bool merge(float* partial, int* arrived, const Item& item, int index, int parts) {
+    constexpr int FLOATS = D / 2 + 4;
+    int thread = threadIdx.x & 127, first = index + item.split * item.step;  // the index of part 0
+    auto slot = [&](int part) {
+      return partial + (int64_t)((first - part * item.step) * GROUPS + turn) * (FLOATS * 128) + thread;
+    };
+    float* mine = slot(item.split);
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) __stcg(mine + i * 128, o[i]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      __stcg(mine + (D / 2 + r) * 128, top[r]);
+      __stcg(mine + (D / 2 + 2 + r) * 128, sum[r]);
+    }
+    __threadfence();
+    named_sync(1 + GROUPS + turn, 128);
+    int* count = arrived + first * GROUPS + turn;
+    bool last = thread == 0 && atomicAdd(count, 1) == parts - 1;
+    if (last) *count = 0;
+    if (!named_any(1 + GROUPS + turn, 128, last)) return false;
+    __threadfence();
+    for (int part = 0; part < parts; ++part) {
+      if (part == item.split) continue;
+      const float* other = slot(part);
+      float theirs[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float high = __ldcg(other + (D / 2 + r) * 128), highest = fmaxf(top[r], high);
+        float shift = highest == NEGATIVE_INFINITY ? 0.0f : highest * unit;
+        old[r] = fast_exp2(top[r] * unit - shift);
+        theirs[r] = fast_exp2(high * unit - shift);
+        top[r] = highest;
+        sum[r] = sum[r] * old[r] + __ldcg(other + (D / 2 + 2 + r) * 128) * theirs[r];
+      }
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i)
+        o[i] = o[i] * old[(i >> 1) & 1] + __ldcg(other + i * 128) * theirs[(i >> 1) & 1];
+    }
+    return true;
   }
   template <bool MASK> DEVICE void step(int tile) {
     barrier_wait(shared.key_full(keys.stage), keys.parity);
@@ -212,8 +279,8 @@ struct Consumer {
   }
 };
 
-DEVICE void consume(const Shared& shared, const Notice* notices, scalar_t* out, int heads, float scale, int window,
-                    float softcap, const float* alibi_slopes, const float* sinks) {
+DEVICE void consume(const Shared& shared, const Notice* notices, scalar_t* out, float* partial, int* arrived, int heads,
+                    float scale, int window, float softcap, const float* alibi_slopes, const float* sinks) {
   int turn = threadIdx.x / 128 - 1, thread = threadIdx.x & 127, warp = thread >> 5, lane = threadIdx.x & 31;
   Consumer c{shared};
   c.turn = turn;
@@ -225,16 +292,16 @@ DEVICE void consume(const Shared& shared, const Notice* notices, scalar_t* out, 
   if (turn == GROUPS - 1) named_arrive(1, 256);  // the first turn is warpgroup 0's
   while (true) {
     barrier_wait(shared.query_full(slot.stage), slot.parity);
-    int4 notice = *reinterpret_cast<const int4*>(notices + slot.stage);
-    int head = notice.x, row = notice.y, rows = notice.z, position = notice.w;
+    Item item = notices[slot.stage].item;
+    int index = notices[slot.stage].index, head = item.head;
     if (head < 0) break;
     uint32_t queries = shared.queries + slot.stage * QUERY_BYTES + turn * GROUP_BYTES;
     c.query = matrix_descriptor(queries, 16, 1024);
-    c.position = position + turn * 64 + warp * 16 + (lane >> 2);
+    c.position = item.position + turn * 64 + warp * 16 + (lane >> 2);
     c.slope = LLM_ADJUST && alibi_slopes ? alibi_slopes[head] : 0.0f;
     float sink = sinks ? sinks[head] * LOG2E : NEGATIVE_INFINITY;
-    Range range(position, rows, window);
-    int first = position + turn * 64;  // the warpgroup's first row
+    Range range(item, window);
+    int first = item.position + turn * 64;  // the warpgroup's first row
 
     c.top[0] = c.top[1] = NEGATIVE_INFINITY;
     c.sum[0] = c.sum[1] = 0.0f;
@@ -264,6 +331,17 @@ DEVICE void consume(const Shared& shared, const Notice* notices, scalar_t* out, 
     c.release(shared.value_empty(c.values.stage));
     c.values.step();
 
+    if (LLM_MERGE && range.parts > 1) {
+      if (!c.merge(partial, arrived, item, index, range.parts)) {
+        __syncwarp();
+        c.release(shared.query_empty(slot.stage));
+        slot.step();
+        continue;
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) by[r] = inverse_sum(c.top[r], c.unit, c.sum[r], sink);
+    }
+
     // Through the warpgroup's queries, so that whole rows are written.
     named_sync(1 + GROUPS + turn, 128);
     int at = warp * 16 + (lane & 15);
@@ -284,8 +362,9 @@ DEVICE void consume(const Shared& shared, const Notice* notices, scalar_t* out, 
                    : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                    : "r"(queries + piece / 8 * 8192 + line * 128 + ((piece ^ line) & 7) * 16)
                    : "memory");
-      if (turn * 64 + line < rows)
-        *reinterpret_cast<uint4*>(out + ((int64_t)(row + turn * 64 + line) * heads + head) * D + piece * 8) = value;
+      int at_row = turn * 64 + line;
+      if (at_row < item.rows)
+        *reinterpret_cast<uint4*>(out + ((int64_t)(item.row + at_row) * heads + head) * D + piece * 8) = value;
     }
     fence_async();
     __syncwarp();
@@ -299,9 +378,9 @@ DEVICE void consume(const Shared& shared, const Notice* notices, scalar_t* out, 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     context_attention_sm90(scalar_t* out, const __grid_constant__ TensorMap q_map,
                            const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-                           const int* block_tables, int table_stride, Queue* queue, int heads, int kv_heads,
-                           int block_shift, float scale, int window, float softcap, const float* alibi_slopes,
-                           const float* sinks) {
+                           const int* block_tables, int table_stride, Queue* queue, float* partial, int* arrived,
+                           int heads, int kv_heads, int block_shift, float scale, int window, float softcap,
+                           const float* alibi_slopes, const float* sinks) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint4 dynamic[];
   __shared__ Notice notices[QUERIES];
@@ -338,7 +417,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
   } else {
     more_registers<GROUPS == 2 ? 232 : 160>();
-    consume(shared, notices, out, heads, scale, window, softcap, alibi_slopes, sinks);
+    consume(shared, notices, out, partial, arrived, heads, scale, window, softcap, alibi_slopes, sinks);
   }
 #else
   __trap();

@@ -52,6 +52,16 @@ DEVICE void named_sync(int barrier, int threads) {
 DEVICE void named_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+// Like named_sync; whether `mine` is true in any thread.
+DEVICE bool named_any(int barrier, int threads, bool mine) {
+  int any;
+  asm volatile(
+      "{.reg .pred p, q; setp.ne.s32 q, %1, 0; bar.red.or.pred p, %2, %3, q; selp.s32 %0, 1, 0, p;}"
+      : "=r"(any)
+      : "r"((int)mine), "r"(barrier), "r"(threads)
+      : "memory");
+  return any;
+}
 
 // Ordinary accesses to shared memory before come before those of matrix instructions and bulk copies after.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -180,6 +190,33 @@ template <> struct Wgmma<96> {
   }
 };
 
+template <> struct Wgmma<112> {
+  static DEVICE void ss(float (&d)[56], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %58, 0;"
+        "wgmma.mma_async.sync.aligned.m64n112k16" WGMMA_TYPES "{"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        "%48,%49,%50,%51,%52,%53,%54,%55"
+        "}, %56, %57, p, 1, 1, 0, 0;}"
+        : FLOATS8(0), FLOATS8(8), FLOATS8(16), FLOATS8(24), FLOATS8(32), FLOATS8(40), FLOATS8(48)
+        : "l"(a), "l"(b), "r"((int)add));
+  }
+  static DEVICE void rs(float (&d)[56], const uint32_t* a, uint64_t b, bool add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %61, 0;"
+        "wgmma.mma_async.sync.aligned.m64n112k16" WGMMA_TYPES "{"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        "%48,%49,%50,%51,%52,%53,%54,%55"
+        "}, {%56,%57,%58,%59}, %60, p, 1, 1, 1;}"
+        : FLOATS8(0), FLOATS8(8), FLOATS8(16), FLOATS8(24), FLOATS8(32), FLOATS8(40), FLOATS8(48)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
+  }
+};
+
 template <> struct Wgmma<128> {
   static DEVICE void ss(float (&d)[64], uint64_t a, uint64_t b, bool add) {
     asm volatile(
@@ -203,101 +240,6 @@ template <> struct Wgmma<128> {
         "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
         "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1;}"
         : FLOATS8(0), FLOATS8(8), FLOATS8(16), FLOATS8(24), FLOATS8(32), FLOATS8(40), FLOATS8(48), FLOATS8(56)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-  }
-};
-
-template <> struct Wgmma<144> {
-  static DEVICE void ss(float (&d)[72], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %74, 0;"
-        "wgmma.mma_async.sync.aligned.m64n144k16" WGMMA_TYPES "{"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-        "%64,%65,%66,%67,%68,%69,%70,%71"
-        "}, %72, %73, p, 1, 1, 0, 0;}"
-        : FLOATS8(0), FLOATS8(8), FLOATS8(16), FLOATS8(24), FLOATS8(32), FLOATS8(40), FLOATS8(48),
-          FLOATS8(56), FLOATS8(64)
-        : "l"(a), "l"(b), "r"((int)add));
-  }
-  static DEVICE void rs(float (&d)[72], const uint32_t* a, uint64_t b, bool add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %77, 0;"
-        "wgmma.mma_async.sync.aligned.m64n144k16" WGMMA_TYPES "{"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-        "%64,%65,%66,%67,%68,%69,%70,%71"
-        "}, {%72,%73,%74,%75}, %76, p, 1, 1, 1;}"
-        : FLOATS8(0), FLOATS8(8), FLOATS8(16), FLOATS8(24), FLOATS8(32), FLOATS8(40), FLOATS8(48),
-          FLOATS8(56), FLOATS8(64)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-  }
-};
-
-template <> struct Wgmma<160> {
-  static DEVICE void ss(float (&d)[80], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %82, 0;"
-        "wgmma.mma_async.sync.aligned.m64n160k16" WGMMA_TYPES "{"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-        "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
-        "}, %80, %81, p, 1, 1, 0, 0;}"
-        : FLOATS8(0), FLOATS8(8), FLOATS8(16), FLOATS8(24), FLOATS8(32), FLOATS8(40), FLOATS8(48),
-          FLOATS8(56), FLOATS8(64), FLOATS8(72)
-        : "l"(a), "l"(b), "r"((int)add));
-  }
-  static DEVICE void rs(float (&d)[80], const uint32_t* a, uint64_t b, bool add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %85, 0;"
-        "wgmma.mma_async.sync.aligned.m64n160k16" WGMMA_TYPES "{"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-        "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
-        "}, {%80,%81,%82,%83}, %84, p, 1, 1, 1;}"
-        : FLOATS8(0), FLOATS8(8), FLOATS8(16), FLOATS8(24), FLOATS8(32), FLOATS8(40), FLOATS8(48),
-          FLOATS8(56), FLOATS8(64), FLOATS8(72)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-  }
-};
-
-template <> struct Wgmma<176> {
-  static DEVICE void ss(float (&d)[88], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %90, 0;"
-        "wgmma.mma_async.sync.aligned.m64n176k16" WGMMA_TYPES "{"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-        "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
-        "%80,%81,%82,%83,%84,%85,%86,%87"
-        "}, %88, %89, p, 1, 1, 0, 0;}"
-        : FLOATS8(0), FLOATS8(8), FLOATS8(16), FLOATS8(24), FLOATS8(32), FLOATS8(40), FLOATS8(48),
-          FLOATS8(56), FLOATS8(64), FLOATS8(72), FLOATS8(80)
-        : "l"(a), "l"(b), "r"((int)add));
-  }
-  static DEVICE void rs(float (&d)[88], const uint32_t* a, uint64_t b, bool add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %93, 0;"
-        "wgmma.mma_async.sync.aligned.m64n176k16" WGMMA_TYPES "{"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-        "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
-        "%80,%81,%82,%83,%84,%85,%86,%87"
-        "}, {%88,%89,%90,%91}, %92, p, 1, 1, 1;}"
-        : FLOATS8(0), FLOATS8(8), FLOATS8(16), FLOATS8(24), FLOATS8(32), FLOATS8(40), FLOATS8(48),
-          FLOATS8(56), FLOATS8(64), FLOATS8(72), FLOATS8(80)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
   }
 };
