@@ -9,6 +9,10 @@ OLDEST_CAPABILITY = (7, 5)
 """Turing: what the kernels need at least."""
 
 
+HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
+"""Head sizes that the attention kernels are made for."""
+
+
 def cuda_problem() -> str | None:
     """Why the cuda backend cannot run on this machine, with the remedy; None where it can."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,8 @@ _DEFAULT_BATCH = {"cpu": 64, "cuda": 256}
 _DEFAULT_TOKENS = {"cpu": 512, "cuda": 8192}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BLOCK_SIZES = (8, 16, 32, 64, 128)
+
+log = logging.getLogger("llmapi")
 
 Backend = Literal["cpu", "cuda", "tensorrt"]
 
@@ -159,6 +162,13 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
         ConfigError: the model or the backend cannot do what was asked.
     """
     backend = _backend(options.backend)
+    if backend == "cuda" and spec.head_dim not in _device.HEAD_SIZES:
+        sizes = ", ".join(map(str, _device.HEAD_SIZES))
+        why = f"this model's heads have {spec.head_dim} channels, and the cuda backend's attention takes {sizes}"
+        if options.backend != "auto":
+            raise ConfigError(f"backend='cuda' cannot run this model: {why}; use backend='cpu'")
+        log.info("running on the cpu backend: %s", why)
+        backend = "cpu"
     if options.tensor_parallel_size > 1:
         raise ConfigError(
             f"tensor_parallel_size={options.tensor_parallel_size}: the {backend} backend runs on one device; "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
+from llmapi import _device
+from llmapi._kernels import context_attention_cuda, decode_attention_cuda
 from llmapi.config import EngineOptions, KvCacheConfig, resolve
 from llmapi.errors import ConfigError
 from llmapi.models.family import spec_of
@@ -48,6 +51,40 @@ def test_what_is_refused_names_value_and_remedy(options: dict[str, Any], message
     with pytest.raises(ConfigError) as caught:
         resolve(EngineOptions(**options), SPEC)
     assert message in str(caught.value)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose GPU the cuda backend can use."""
+    monkeypatch.setattr(_device, "cuda_problem", lambda: None)
+    monkeypatch.setattr(_device, "cuda_capability", lambda: (9, 0))
+
+
+WIDE = dataclasses.replace(SPEC, head_dim=64)
+
+
+def test_a_gpu_that_can_be_used_is_taken(hopper: None) -> None:
+    config = resolve(EngineOptions(), WIDE)
+    assert (config.backend, config.dtype, config.kv_dtype, config.block_size) == ("cuda", "bfloat16", "bfloat16", 64)
+    assert (config.max_batch_size, config.max_num_tokens) == (256, 8192)
+    assert resolve(EngineOptions(), dataclasses.replace(WIDE, dtype="float16")).dtype == "float16"
+    assert resolve(EngineOptions(dtype="float32"), WIDE).dtype == "float32"
+    assert resolve(EngineOptions(backend="cpu"), WIDE).backend == "cpu"
+
+
+def test_turing_has_no_bfloat16(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_device, "cuda_capability", lambda: (7, 5))
+    assert resolve(EngineOptions(), WIDE).dtype == "float16"
+    with pytest.raises(ConfigError, match=r"dtype='bfloat16' needs a GPU of compute capability 8\.0"):
+        resolve(EngineOptions(dtype="bfloat16"), WIDE)
+
+
+def test_heads_that_the_kernels_are_not_made_for(hopper: None) -> None:
+    assert resolve(EngineOptions(), SPEC).backend == "cpu"
+    with pytest.raises(ConfigError, match=r"heads have 16 channels, and the cuda backend's attention takes 64, 80, "):
+        resolve(EngineOptions(backend="cuda"), SPEC)
+    for module in (context_attention_cuda, decode_attention_cuda):
+        assert module.HEAD_DIMS == _device.HEAD_SIZES
 
 
 @pytest.mark.parametrize(

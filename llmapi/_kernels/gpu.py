@@ -6,7 +6,9 @@ Kernels run on torch's current stream, so that they order with torch's own and c
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -107,6 +109,7 @@ class Gpu:
         self.shared_memory: int = properties.shared_memory_per_block_optin
         self.overlap = self.capability >= (9, 0)
         self._cubins = cubins
+        self._ready: dict[Unit, bytes] = {}
         self._modules: dict[Unit, Any] = {}
         self._kernels: dict[tuple[Unit, str], Kernel] = {}
         torch.zeros(1, device=device)  # makes the context that modules are loaded into
@@ -129,13 +132,27 @@ class Gpu:
             found = self._kernels[unit, entry] = self._load(unit, entry, signature, shared, overlap and self.overlap)
         return found
 
+    def prefetch(self, units: Iterable[Unit]) -> None:
+        """Get the machine code of units ahead of their first use, several at a time: NVRTC compiles on one core each.
+
+        Args:
+            units: those that will be asked for; repeated and loaded ones cost nothing.
+
+        Raises:
+            BuildError: one does not compile.
+        """
+        wanted = [unit for unit in dict.fromkeys(units) if unit not in self._modules and unit not in self._ready]
+        with ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))) as pool:
+            for unit, cubin in zip(wanted, pool.map(lambda unit: self._cubins(unit, self.arch), wanted), strict=True):
+                self._ready[unit] = cubin
+
     def _load(self, unit: Unit, entry: str, signature: str, shared: int, overlap: bool) -> Kernel:
         from cuda.bindings import driver
 
         with torch.cuda.device(self.device):
             module = self._modules.get(unit)
             if module is None:
-                cubin = self._cubins(unit, self.arch)
+                cubin = self._ready.pop(unit, None) or self._cubins(unit, self.arch)
                 error, module = driver.cuModuleLoadData(cubin)
                 _check(error, f"loading {unit.label} on {self.name}")
                 self._modules[unit] = module
