@@ -20,7 +20,8 @@ import torch
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.nvrtc import Unit, compile_unit
 from llmapi._kernels.op import relative_error
-from llmapi._kernels.skinny_linear_cuda import GATES, SkinnyLinear, Variant
+from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
+from llmapi._kernels.skinny_linear_layout import GATES, Variant
 
 READ_RATE = 4.5e12
 LAYERS = 16

@@ -3,137 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from llmapi._kernels.gpu import Gpu, Kernel
-from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit
+from llmapi._kernels.nvrtc import Unit
+from llmapi._kernels.skinny_linear_layout import BUCKETS, GATES, Layout, Variant, bucket_of
 from llmapi.errors import BuildError
-
-BUCKETS = (8, 16, 24, 32, 48, 64)
-"""Numbers of rows that there is code for; fewer rows take the next."""
-
-GATES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-"""``LLM_GATE`` by name of the activation."""
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _MOST_TILES = 1 << 15
-_MOST_STAGES = 32
 _BULK, _COPY = "ttplppliiiiii", "pplplpplppiiii"
-
-
-class Variant(NamedTuple):
-    """A configuration of the kernel. :attr:`code` is the number that tuning tables keep.
-
-    Attributes:
-        cluster: blocks that share a tile, each a part of K, 1 or 2; 0 is the kernel that copies with ``cp.async``, which runs
-            on any GPU, the others use the bulk copies of compute capability 9.0.
-        boxes: depth of a stage in 64 columns.
-    """
-
-    cluster: int
-    boxes: int
-
-    @property
-    def code(self) -> int:
-        """Decimal digits ``cluster boxes``.
-
-        >>> Variant(2, 4).code
-        24
-        """
-        return self.cluster * 10 + self.boxes
-
-    @classmethod
-    def of(cls, code: int) -> Variant:
-        """From :attr:`code`.
-
-        >>> Variant.of(24)
-        Variant(cluster=2, boxes=4)
-        """
-        return cls(code // 10, code % 10)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a product is laid out on a GPU.
-
-    Attributes:
-        variant: of which this follows.
-        bucket: rows of x that there is code for.
-        tile_rows: weight rows of a tile.
-        tiles: of the weight.
-        blocks: of the grid.
-        stages: of the ring in shared memory.
-        shared: bytes of dynamic shared memory, alignment included.
-    """
-
-    variant: Variant
-    bucket: int
-    tile_rows: int
-    tiles: int
-    blocks: int
-    stages: int
-    shared: int
-
-    @classmethod
-    def of(cls, variant: Variant, rows: int, n: int, k: int, *, sms: int, shared_memory: int) -> Layout | None:
-        """None where the variant does not go with the shape or the GPU.
-
-        Args:
-            variant: the configuration.
-            rows: of x.
-            n, k: rows and columns of the weight.
-            sms: multiprocessors.
-            shared_memory: bytes that a block may have.
-        """
-        bucket, units = bucket_of(rows), -(-k // (64 * variant.boxes))
-        if not variant.cluster:
-            stage = variant.boxes * (64 + bucket) * 128
-            half = (shared_memory - 1024) // 2  # room for a second block
-            stages = max(2, min(8, (half - 2048) // stage))
-            tiles = -(-n // 64)
-            blocks = max(1, min(2 * sms, tiles * units // 2))
-            return cls(variant, bucket, 64, tiles, blocks, stages, stages * stage + 1024)
-        teams = sms // variant.cluster
-        turns = -(-n // (teams * 256))
-        if variant.cluster > 1 and (turns > 1 or units < variant.cluster):
-            return None
-        tile_rows = -(-n // (teams * turns * 8)) * 8
-        tiles, subtiles = -(-n // tile_rows), -(-tile_rows // 64)
-        blocks_of_sums = subtiles * bucket // 8
-        parts = -(-blocks_of_sums // variant.cluster) * variant.cluster * 2048 if variant.cluster > 1 else 0
-        rest = (subtiles * 64 - tile_rows) * 128 + parts + 1024  # what is read past a tile; sums from other blocks
-        stage = variant.boxes * (tile_rows + bucket) * 128
-        stages = min(_MOST_STAGES, (shared_memory - 1024 - rest) // stage)
-        if stages < 2:
-            return None
-        blocks = min(tiles, teams) * variant.cluster
-        # At least half of the memory, so that one multiprocessor never gets two blocks and another none.
-        shared = max(stages * stage + rest, shared_memory // 2)
-        return cls(variant, bucket, tile_rows, tiles, blocks, stages, shared)
-
-    def unit(self, dtype: str, gate: int) -> Unit:
-        """What to compile.
-
-        Args:
-            dtype: ``"float16"`` or ``"bfloat16"``.
-            gate: a value of :data:`GATES`.
-        """
-        own: dict[str, int]
-        if self.variant.cluster:
-            own = {"LLM_BULK": 1, "LLM_CLUSTER": self.variant.cluster, "LLM_SUBTILES": -(-self.tile_rows // 64)}
-        else:
-            own = {"LLM_BULK": 0, "LLM_STAGES": self.stages}
-        return Unit.of(
-            "skinny_linear.cu",
-            LLM_DTYPE=DTYPE_MACRO[dtype],
-            LLM_ROWS=self.bucket,
-            LLM_BOXES=self.variant.boxes,
-            LLM_GATE=gate,
-            **own,
-        )
 
 
 def units(dtype: str) -> list[Unit]:
@@ -210,16 +91,20 @@ class SkinnyLinear:
         assert copied is not None
         found = [
             layout
+            for coarse in (0, 1)
             for cluster in ((1, 2) if self._bulk else ())
             for boxes in (8, 4, 2, 1)
-            if (layout := self.layout(Variant(cluster, boxes), rows, n, k))
+            if (layout := self.layout(Variant(cluster, boxes, coarse), rows, n, k))
         ]
         found = [layout for layout in found if layout.stages >= 3] or found
 
-        def rank(layout: Layout) -> tuple[bool, bool, int]:
-            alone = layout.tile_rows // layout.variant.cluster  # rows of a block without a cluster
-            shares = alone <= 48 or (alone <= 96 and rows <= 16)  # x would be read too often, or sums are small
-            return (layout.variant.cluster == 2) != shares, layout.stages < 4, -layout.variant.boxes
+        def rank(layout: Layout) -> tuple[bool, bool, bool, bool, int]:
+            cluster, boxes, _ = layout.variant
+            # Blocks of few rows would read x too often, and spend too long between one short tile and the next.
+            shares = layout.tile_rows // cluster <= 96
+            ragged = layout.tile_rows % 16 != 0 and layout.tile_rows >= 64
+            large = boxes * layout.tile_rows * 128 > 34 << 10
+            return (cluster == 2) != shares, ragged, layout.stages < 4, large, -boxes
 
         return [layout.variant.code for layout in [*sorted(found, key=rank), copied]]
 
@@ -356,11 +241,6 @@ class SkinnyLinear:
         if len(self._maps) >= 1 << 14:
             self._maps.clear()
         self._maps[key] = map_
-
-
-def bucket_of(rows: int) -> int:
-    """The number of :data:`BUCKETS` whose code takes so many rows."""
-    return next(bucket for bucket in BUCKETS if rows <= bucket)
 
 
 class _TensorMap:

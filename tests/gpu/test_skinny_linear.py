@@ -12,7 +12,8 @@ import torch
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.nvrtc import Unit, compile_unit
 from llmapi._kernels.op import relative_error
-from llmapi._kernels.skinny_linear_cuda import BUCKETS, SkinnyLinear, Variant
+from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
+from llmapi._kernels.skinny_linear_layout import BUCKETS, Variant
 from llmapi.models.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.gpu

@@ -4,9 +4,9 @@
 // 8 rows of activations fill them. Both come through a ring of stages in shared memory, 128-byte rows in the 128-byte
 // swizzle (16-byte chunk c of row r lies at c ^ (r % 8)). Two kernels differ in how the weight is dealt to blocks:
 //
-// skinny_linear_bulk (bulk tensor copies, compute capability 9.0): one block a multiprocessor with all its shared memory
-// in flight. A block owns tiles of `tile_rows` rows, any multiple of 8 up to 256, chosen so that every block owns as
-// many; the matrix instruction reads beyond a tile that is no multiple of 64, and what comes of that is dropped. A
+// skinny_linear_bulk (bulk tensor copies, compute capability 9.0): one block a multiprocessor, with all of the shared
+// memory in flight. A block owns tiles of `tile_rows` rows, any multiple of 8 up to 256, chosen so that every block owns
+// as many; the matrix instruction reads beyond a tile that is no multiple of 64, and what comes of that is dropped. A
 // cluster of LLM_CLUSTER blocks shares a tile: each takes a part of K, and they add up through their shared memory.
 //
 // skinny_linear_copy (cp.async, plain copies on Turing): tiles of 64 rows are cut into units of DEPTH columns, and all
@@ -94,7 +94,8 @@ DEVICE void multiply_warp(float (&acc)[ACC], const uint8_t* weights, int weight_
 
 // ---- from accumulators to y
 //
-// A block is 16 weight rows by 8 rows of x: c[2 h + j] of a lane is weight row lane / 4 + 8 h, row 2 (lane % 4) + j of x.
+// A block is 16 weight rows by 8 rows of x: c[2 h + j] of a lane is weight row lane / 4 + 8 h, row 2 (lane % 4) + j of
+// x.
 // With a gate, lanes below 16 hold gate rows and those above the up rows that belong to them; each half takes one h, so
 // that a lane makes column lane / 4 of y. Neighbours then swap, and each writes two columns of one row.
 
@@ -110,7 +111,8 @@ struct Bias {
   DEVICE void load(const Args& args, int tile, int subtile, int thread) {
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
-      const int within = half_column(subtile, thread, h) + (thread >> 2 & 7), column = tile * args.tile_columns + within;
+      const int within = half_column(subtile, thread, h) + (thread >> 2 & 7);
+      const int column = tile * args.tile_columns + within;
       const bool valid = args.bias && within < args.tile_columns && column < args.columns;
       gate[h] = valid ? to_float(args.bias[column]) : 0.0f;
       up[h] = valid && LLM_GATE ? to_float(args.bias[args.columns + column]) : 0.0f;
@@ -131,8 +133,8 @@ DEVICE uint32_t load_residual(const Args& args, int tile, int subtile, int n, in
   return args.residual && at >= 0 ? __ldcg(reinterpret_cast<const unsigned*>(args.residual + at)) : 0;
 }
 
-DEVICE void finish(const float (&c)[4], const Bias& bias, const uint32_t (&residual)[HALVES], int tile, int subtile, int n,
-                   int thread, const Args& args) {
+DEVICE void finish(const float (&c)[4], const Bias& bias, const uint32_t (&residual)[HALVES], int tile, int subtile,
+                   int n, int thread, const Args& args) {
   float y[HALVES][2];
 #pragma unroll
   for (int j = 0; j < 2; j++) {
@@ -162,7 +164,6 @@ DEVICE void finish(const float (&c)[4], const Bias& bias, const uint32_t (&resid
 constexpr int SUBTILES = LLM_SUBTILES, CLUSTER = LLM_CLUSTER, MOST_STAGES = 32;
 constexpr int TOKENS = ROWS / 8, BLOCKS = SUBTILES * TOKENS;  // of four accumulators, of a thread
 
-constexpr bool EARLY_RESIDUAL = BLOCKS * HALVES <= 32;  // there are registers to load it before the products
 
 // Tile after tile of a block, and the units of each that are its own.
 struct Cursor {
@@ -198,9 +199,10 @@ extern "C" __global__ void __launch_bounds__(SUBTILES * THREADS + 32, 1)
 #if LLM_CLUSTER > 1
     __cluster_dims__(LLM_CLUSTER, 1, 1)
 #endif
-        skinny_linear_bulk(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap x, scalar_t* out,
-                           int64_t out_stride, const scalar_t* bias, const scalar_t* residual, int64_t residual_stride,
-                           int rows, int columns, int depth, int tiles, int tile_rows, int stages) {
+        skinny_linear_bulk(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap x,
+                           scalar_t* out, int64_t out_stride, const scalar_t* bias, const scalar_t* residual,
+                           int64_t residual_stride, int rows, int columns, int depth, int tiles, int tile_rows,
+                           int stages) {
   extern __shared__ uint8_t dynamic[];
   __shared__ uint64_t full[MOST_STAGES], empty[MOST_STAGES], received;
   uint8_t* ring = dynamic + (-shared_address(dynamic) & 1023);
@@ -299,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(SUBTILES * THREADS + 32, 1)
           cluster_store(cluster_address(to, owner(n)), acc[n * 4], acc[n * 4 + 1], acc[n * 4 + 2], acc[n * 4 + 3],
                         cluster_address(&received, owner(n)));
       }
-      if (rank < BLOCKS) barrier_wait(&received, 0);
+      if (rank < BLOCKS) barrier_wait_cluster(&received, 0);
     }
 #pragma unroll
     for (int n = 0; n < TOKENS; n++) {

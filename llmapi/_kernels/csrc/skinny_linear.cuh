@@ -1,5 +1,5 @@
-// Pieces of the skinny product: mbarriers, bulk tensor copies (compute capability 9.0 and newer) and Hopper's warpgroup
-// matrix instruction, whose A operand (64 rows of the weight) and B operand (the activations) both lie in shared memory.
+// Pieces of the skinny product: mbarriers, bulk tensor copies, clusters (compute capability 9.0 and newer) and Hopper's
+// warpgroup matrix instruction, whose A operand (64 rows of the weight) and B operand (x) both lie in shared memory.
 #pragma once
 #include "common.cuh"
 
@@ -30,6 +30,19 @@ DEVICE void barrier_wait(uint64_t* barrier, int parity) {
     asm volatile(
         "{\n.reg .pred p;\n"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+// For what other blocks of the cluster wrote.
+DEVICE void barrier_wait_cluster(uint64_t* barrier, int parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(shared_address(barrier)), "r"(parity)
@@ -86,7 +99,7 @@ DEVICE void cluster_store(uint32_t to, float a, float b, float c, float d, uint3
 #endif
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// Descriptor of a K-major operand with 128-byte rows in the 128-byte swizzle: groups of eight rows lie 1024 bytes apart.
+// Descriptor of a K-major operand of 128-byte rows in the 128-byte swizzle: groups of eight rows lie 1024 bytes apart.
 DEVICE uint64_t matrix_descriptor(uint32_t address) {
   return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
