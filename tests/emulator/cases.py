@@ -6,7 +6,6 @@ import copy
 import random
 from typing import Any
 
-import pytest
 import torch
 
 from llmapi._kernels import OPS, Op, relative_error
@@ -74,6 +73,9 @@ def step_kernels(gpu: EmulatedGpu) -> None:
     assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
 
 
+VARIANTS = [*decode_tests.VARIANTS, (0, 0.0, False, True), (40, 9.0, True, True)]
+"""Window, soft cap, ALiBi, sinks."""
+
 LENGTHS = {
     "one": [193],
     "long": [1500],
@@ -97,7 +99,7 @@ def decode_attention(gpu: EmulatedGpu, shape: Any, form: int, lengths: dict[str,
     for name, tokens in (lengths or LENGTHS).items():
         case = decode_tests.Case(SEED, dtype, heads, kv_heads, head_dim, block_size, tokens, "cpu")
         live = case.lengths > 0
-        for window, softcap, alibi, sink in decode_tests.VARIANTS:
+        for window, softcap, alibi, sink in VARIANTS:
             slopes, sinks = case.slopes if alibi else None, case.sinks if sink else None
             expected = case.expected(window, softcap, slopes, sinks)
             for attempt in range(2):
@@ -133,9 +135,28 @@ def context_attention(
             step.check(step.run(attention, options), options, name)
 
 
-def sampling(gpu: EmulatedGpu, vocab: int, n: int, dtype: torch.dtype, *, edits: bool, seed: int = SEED) -> None:
-    """Tokens of random rows, and their log probabilities, against the sampler of the CPU."""
-    x = sample_tests.noise(n, vocab, seed, dtype, gpu.device)
+def sampling(
+    gpu: EmulatedGpu,
+    vocab: int,
+    n: int,
+    dtype: torch.dtype,
+    *,
+    edits: bool,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    seed: int = SEED,
+) -> None:
+    """Tokens of rows of random settings, against the sampler of the CPU.
+
+    Args:
+        gpu: where.
+        vocab, n: sizes.
+        dtype: of the logits.
+        edits: whether rows have penalties, biases and bans.
+        scale, shift: what logits are multiplied with, and what is added.
+        seed: of the logits and settings.
+    """
+    x = sample_tests.noise(n, vocab, seed, dtype, gpu.device) * scale + shift
     before = x.clone()
     rows = sample_tests.random_rows(n, vocab, random.Random(seed), edits=edits)
     expected = Sampler(vocab, sample_tests.Words())(x, rows)
@@ -145,9 +166,16 @@ def sampling(gpu: EmulatedGpu, vocab: int, n: int, dtype: torch.dtype, *, edits:
     assert torch.equal(x, before)
 
 
-def skip_without_compiler() -> None:
-    """For tests that need the emulator."""
-    from tests.emulator import build
+def flat_rows(gpu: EmulatedGpu, dtype: torch.dtype) -> None:
+    """Where many tokens may be drawn, and each edit shows."""
+    sampling(gpu, 1000, 60, dtype, edits=False, scale=0.02)
+    sampling(gpu, 11, 150, dtype, edits=True, scale=0.2, shift=-3.0)
 
-    if build.COMPILER is None:
-        pytest.skip(build.MISSING)
+
+def greedy_ties(gpu: EmulatedGpu) -> None:
+    """The lowest id of the largest logits."""
+    for vocab in (9, 1003, 5003):
+        x = torch.randint(0, 3, (6, vocab), generator=torch.Generator().manual_seed(SEED)).float()
+        x[:, : vocab // 2] -= 1
+        got = sample_tests.make(gpu, vocab, torch.float32)(x, [sample_tests.row(temperature=0)] * 6)  # type: ignore[arg-type]
+        assert [s.token_ids for s in got] == [[int(row.argmax())] for row in x]

@@ -134,7 +134,7 @@ class EmulatedKernel:
         x, y, z = grid
         if not (0 < x < 1 << 31 and 0 < y < 1 << 16 and 0 < z < 1 << 16 and 0 < block <= 1024) or x % self._cluster:
             raise EmulationError(f"CUDA refuses {self._label} with grid {grid}, {block} threads, {self._cluster} a cluster")
-        if shared + self._static > self._most:
+        if shared and shared + self._static > self._most:  # the compiler sees to what is static alone
             raise EmulationError(
                 f"CUDA refuses {self._label}: {shared} + {self._static} bytes of shared memory, {self._most} allowed"
             )
