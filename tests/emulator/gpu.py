@@ -88,7 +88,9 @@ class EmulatedGpu:
     def prefetch(self, units: Iterable[Unit]) -> None:
         """Compile units, two at a time."""
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda u: build.shared_object(u, self.arch, self._folder, self._sources), dict.fromkeys(units)))
+            list(
+                pool.map(lambda u: build.shared_object(u, self.arch, self._folder, self._sources), dict.fromkeys(units))
+            )
 
     def close(self) -> None:
         """See :meth:`llmapi._kernels.gpu.Gpu.close`."""
@@ -126,14 +128,16 @@ class EmulatedKernel:
     def __call__(self, grid: tuple[int, int, int], block: int, *args: Any, shared: int = 0) -> None:
         """Run a launch to its end.
 
-        Tensors are run on as copies that lie between pages which cannot be touched, and are then copied back.
+        Kernels get copies of tensors that lie between memory which cannot be touched; they are then copied back.
 
         Raises:
             EmulationError: the launch is one that CUDA refuses, or the kernel is wrong.
         """
         x, y, z = grid
         if not (0 < x < 1 << 31 and 0 < y < 1 << 16 and 0 < z < 1 << 16 and 0 < block <= 1024) or x % self._cluster:
-            raise EmulationError(f"CUDA refuses {self._label} with grid {grid}, {block} threads, {self._cluster} a cluster")
+            raise EmulationError(
+                f"CUDA refuses {self._label} with grid {grid}, {block} threads, {self._cluster} a cluster"
+            )
         if shared and shared + self._static > self._most:  # the compiler sees to what is static alone
             raise EmulationError(
                 f"CUDA refuses {self._label}: {shared} + {self._static} bytes of shared memory, {self._most} allowed"
@@ -166,7 +170,7 @@ class EmulatedKernel:
 
 
 class _Guarded:
-    """A storage's bytes between two pages that cannot be touched."""
+    """A storage's bytes between memory that cannot be touched."""
 
     def __init__(self, runtime: Any, storage: torch.UntypedStorage, argument: int) -> None:
         self._runtime, self._storage, self._argument = runtime, storage, argument

@@ -24,7 +24,7 @@ extern "C" const emulated::Entry* emulated_entry(const emulated::Unit* unit, con
 namespace emulated {
 namespace {
 
-constexpr size_t STACK = 256 << 10, PAGE = 4096;
+constexpr size_t STACK = 256 << 10, PAGE = 4096, GUARD = 1 << 20;
 constexpr int POISON = 0xff;  // every float, half and bfloat16 of it is NaN
 constexpr int WARP = 32, BARRIERS = 16;
 constexpr uint32_t STATIC_SHARED = 1u << 24;  // where static shared memory begins in 32-bit addresses
@@ -462,12 +462,13 @@ extern "C" EXPORTED const char* emulated_launch(const Unit* const* units, const 
   return message.empty() ? nullptr : message.c_str();
 }
 
-// Memory between two pages that may not be touched; `bytes` end at the second one, but for alignment to `phase` mod 16.
+// Memory between two stretches that may not be touched; `bytes` end at the second one, but for alignment to `phase`
+// modulo 16.
 extern "C" EXPORTED char* emulated_guarded(size_t bytes, size_t phase, char** base, size_t* whole) {
   size_t pages = (bytes + 15 + PAGE) / PAGE;
-  *whole = (pages + 2) * PAGE;
-  *base = static_cast<char*>(mmap(nullptr, *whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  char* inside = *base + PAGE;
+  *whole = pages * PAGE + 2 * GUARD;
+  *base = static_cast<char*>(mmap(nullptr, *whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  char* inside = *base + GUARD;
   mprotect(inside, pages * PAGE, PROT_READ | PROT_WRITE);
   memset(inside, POISON, pages * PAGE);
   char* end = inside + pages * PAGE;
@@ -476,7 +477,7 @@ extern "C" EXPORTED char* emulated_guarded(size_t bytes, size_t phase, char** ba
 }
 // Whether all but those bytes is as it was.
 extern "C" EXPORTED bool emulated_unharmed(const char* at, size_t bytes, const char* base, size_t whole) {
-  const char *inside = base + PAGE, *end = base + whole - PAGE;
+  const char *inside = base + GUARD, *end = base + whole - GUARD;
   for (const char* p = inside; p < end; p++)
     if ((p < at || p >= at + bytes) && *p != (char)POISON) return false;
   return true;
