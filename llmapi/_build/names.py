@@ -3,3 +3,4 @@
 WEIGHTS_FILE = "model.safetensors"
 GRAPH_FILE = "graph.json"
 CONSTANTS_FILE = "constants.safetensors"
+CPU_KERNELS_FILE = "kernels.so"

@@ -250,12 +250,13 @@ def load_engine(prepared: Prepared, *, progress: bool) -> Any:
     from llmapi._build.tensor_file import TensorFile
     from llmapi._runtime.engine_cpu import CpuEngine
 
+    kernels = prepared.builder.cpu_kernels() if prepared.config.dtype == "float32" else None
     with prepared.report.phase("load") as phase, _progress.bar("load", 1, enabled=progress) as done:
         weights = TensorFile(prepared.weights / WEIGHTS_FILE)
         tables = TensorFile(prepared.engine / CONSTANTS_FILE)
         graph = Graph.parse((prepared.engine / GRAPH_FILE).read_text(encoding="utf-8"))
         constants = {name: tables.read([name]) for name in tables.names()}
-        engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config)
+        engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config, kernels)
         phase.nbytes = weights.path.stat().st_size
         phase.note = f"{engine.num_blocks} KV blocks of {prepared.config.block_size} tokens"
         done(1)
