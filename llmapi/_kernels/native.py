@@ -21,6 +21,7 @@ MAX_GROUP = 96
 
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, list[type]] = {
+    "pack_linear": [_P] * 2 + [_I] * 2 + [_N],
     "linear": [_P] * 4 + [_I] * 3 + [_N],
     "rms_norm": [_P] * 5 + [_I] * 2 + [_F, _N],
     "add_layer_norm": [_P] * 6 + [_I] * 2 + [_F, _N],
@@ -38,7 +39,7 @@ class NativeKernels:
 
     Attributes:
         path: as given.
-        linear, rms_norm, add_layer_norm, gated_activation, rotary_kv_write, paged_attention: the C functions of
+        packed_size, pack_linear, linear, rms_norm, add_layer_norm, gated_activation, rotary_kv_write, paged_attention: the C functions of
             ``csrc_cpu/kernels.cpp``, which take addresses and sizes; the GIL is free while they run.
 
     Raises:
@@ -54,11 +55,14 @@ class NativeKernels:
                 function = getattr(library, f"llmapi_{name}")
                 function.argtypes, function.restype = arguments, None
                 setattr(self, name, function)
+            self.packed_size = library.llmapi_packed_size
+            self.packed_size.argtypes, self.packed_size.restype = [_I, _I], _I
             library.llmapi_use_pool.argtypes = [ctypes.c_void_p]
             library.llmapi_use_pool(run)
         except AttributeError as error:
             raise OSError(f"{path} does not hold the kernels of this llmapi: {error}") from error
 
+    pack_linear: ctypes._NamedFuncPointer
     linear: ctypes._NamedFuncPointer
     rms_norm: ctypes._NamedFuncPointer
     add_layer_norm: ctypes._NamedFuncPointer

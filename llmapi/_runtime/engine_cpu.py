@@ -17,7 +17,7 @@ from llmapi._kernels.native import NativeKernels
 from llmapi._kernels.plan import CpuPlan
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine import Engine, num_kv_blocks
-from llmapi._runtime.linear_cpu import CpuLinear, can_pack
+from llmapi._runtime.linear_cpu import can_pack, make_linear
 from llmapi.config import EngineConfig
 from llmapi.errors import BuildError, ConfigError, EngineClosedError
 from llmapi.models.spec import TransformerSpec
@@ -162,8 +162,8 @@ def _bind(
     for index, node in enumerate(graph.nodes):
         args = [argument(a, index) for a in node.args]
         kwargs = {k: argument(v, index) for k, v in node.kwargs.items()}
-        if node.op == "aten.linear.default" and (pack or kernels):
-            linear = CpuLinear(args[1], args[2] if len(args) > 2 else None, kernels, pack=pack)
+        if node.op == "aten.linear.default":
+            linear = make_linear(args[1], args[2] if len(args) > 2 else None, kernels, pack=pack)
             call = _call(linear, False, args[:1], {})
         else:
             call = _call(*_implementation(node.op, kernels), args, kwargs)
@@ -205,7 +205,6 @@ def _implementation(op: str, kernels: NativeKernels | None) -> tuple[Callable[..
 
 # The same operators without the cost of resolving an overload at every call.
 _FAST: dict[str, Callable[..., Any]] = {
-    "aten.linear.default": torch.nn.functional.linear,
     "aten.add.Tensor": torch.add,
     "aten.view.default": torch.Tensor.view,
     "aten.index_select.default": torch.index_select,

@@ -1,10 +1,12 @@
-"""Linear layers on the CPU: rows of weights are read as they lie for one or two tokens, repacked once for more.
+"""Linear layers on the CPU: weights are repacked once, and a row's result is the same to the bit whatever rows it is with.
 
-A product with one or two rows is a sweep over the weights, which the plain layout serves best. For more rows oneDNN's
-blocked layout is faster. Either way the result of a row is the same to the bit however many rows there are.
+With compiled kernels the weights lie in panels that serve any number of rows. Without them oneDNN's blocked layout serves
+three rows and more, and one or two rows read the weights as they lie, which is a sweep at the rate of memory.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,47 +14,77 @@ import torch.nn.functional as F
 from llmapi._kernels.native import NativeKernels
 
 _FEW_ROWS = 2
-_NATIVE_ROWS = 32  # from here on torch's product of plain weights is as fast as the compiled sweep
 
 
-class CpuLinear:
-    """``x @ weight.T + bias``.
+class PackedLinear:
+    """``x @ weight.T + bias`` with torch's oneDNN.
 
     Args:
         weight: ``[out, in]``, float32 or bfloat16; kept, not copied, until more than two rows come.
         bias: ``[out]`` or None.
-        kernels: compiled kernels for float32, or None.
-        pack: whether the weight may be repacked, which takes as much memory again.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, kernels: NativeKernels | None, *, pack: bool
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = weight
         self._bias = bias
-        self._kernels = kernels if weight.dtype == torch.float32 and weight.is_contiguous() else None
-        self._pack = pack
         self._packed: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, in]`` to ``[T, out]``."""
-        rows = x.shape[0]
-        if self._pack and rows > _FEW_ROWS:
-            if self._packed is None:
-                self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, None)
-            out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-            return out
-        if self._kernels is None or rows > _NATIVE_ROWS:
+        if x.shape[0] <= _FEW_ROWS:
             return F.linear(x, self._weight, self._bias)
-        return self._sweep(self._kernels, x.contiguous())
-
-    def _sweep(self, kernels: NativeKernels, x: torch.Tensor) -> torch.Tensor:
-        (rows, size), width = x.shape, self._weight.shape[0]
-        out = torch.empty(rows, width)
-        bias = None if self._bias is None else self._bias.data_ptr()
-        threads = torch.get_num_threads()
-        kernels.linear(x.data_ptr(), self._weight.data_ptr(), bias, out.data_ptr(), rows, size, width, threads)
+        if self._packed is None:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, None)
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return out
+
+
+class NativeLinear:
+    """``x @ weight.T + bias`` with compiled kernels.
+
+    Args:
+        weight: ``[out, in]`` float32; copied.
+        bias: ``[out]`` or None.
+        kernels: the compiled kernels.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kernels: NativeKernels) -> None:
+        self._out, self._in = weight.shape
+        self._bias = bias
+        self._kernels = kernels
+        weight = weight.contiguous()
+        self._panels = torch.empty(kernels.packed_size(self._in, self._out), dtype=torch.float32)
+        threads = torch.get_num_threads()
+        kernels.pack_linear(weight.data_ptr(), self._panels.data_ptr(), self._in, self._out, threads)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, in]`` to ``[T, out]``."""
+        x, rows = x.contiguous(), x.shape[0]
+        out = torch.empty(rows, self._out)
+        bias = None if self._bias is None else self._bias.data_ptr()
+        self._kernels.linear(
+            x.data_ptr(), self._panels.data_ptr(), bias, out.data_ptr(),
+            rows, self._in, self._out, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+def make_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, kernels: NativeKernels | None, *, pack: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The fastest product there is for a weight.
+
+    Args:
+        weight: ``[out, in]``.
+        bias: ``[out]`` or None.
+        kernels: compiled kernels, or None.
+        pack: whether the weight may be repacked, which takes as much memory again.
+    """
+    if not pack:
+        return lambda x: F.linear(x, weight, bias)
+    if kernels is not None and weight.dtype == torch.float32:
+        return NativeLinear(weight, bias, kernels)
+    return PackedLinear(weight, bias)
 
 
 def can_pack(weights_bytes: int, free_bytes: int) -> bool:

@@ -68,8 +68,17 @@ inline void outer_rows(int rows, const float* a, int64_t a_row, const B& b, int6
                        bool add) {
   int r = 0;
   for (; r + QROWS <= rows; r += QROWS) outer<QROWS, V>(a + r * a_row, a_row, b, n, c + r * c_row, c_row, add);
-  for (; r + 2 <= rows; r += 2) outer<2, V>(a + r * a_row, a_row, b, n, c + r * c_row, c_row, add);
-  for (; r < rows; ++r) outer<1, V>(a + r * a_row, a_row, b, n, c + r * c_row, c_row, add);
+  a += r * a_row;
+  c += r * c_row;
+  switch (rows - r) {
+    case 1: return outer<1, V>(a, a_row, b, n, c, c_row, add);
+    case 2: return outer<2, V>(a, a_row, b, n, c, c_row, add);
+#if defined(__AVX512F__)
+    case 3: return outer<3, V>(a, a_row, b, n, c, c_row, add);
+    case 4: return outer<4, V>(a, a_row, b, n, c, c_row, add);
+    case 5: return outer<5, V>(a, a_row, b, n, c, c_row, add);
+#endif
+  }
 }
 
 template <class B>
@@ -137,12 +146,14 @@ inline void attend(const AttentionArgs& a, AttentionScratch& s, int64_t sequence
   const float *keys[CHUNK], *values[CHUNK];
   for (int64_t at = begin; at < end; at += CHUNK) {
     const int count = static_cast<int>(end - at < CHUNK ? end - at : CHUNK);
-    for (int i = 0; i < CHUNK; ++i) {  // past the last key the last one stands in, and is hidden below
-      const int64_t key = at + (i < count ? i : count - 1);
-      const int64_t slot = table[key / a.block_size] * a.block_size + key % a.block_size;
-      keys[i] = a.k_cache + slot * token_row + head * dim;
-      values[i] = a.v_cache + slot * token_row + head * dim;
+    int64_t block = at / a.block_size, within = at % a.block_size;
+    for (int i = 0; i < count; ++i) {
+      const int64_t offset = (table[block] * a.block_size + within) * token_row + head * dim;
+      keys[i] = a.k_cache + offset;
+      values[i] = a.v_cache + offset;
+      if (++within == a.block_size) ++block, within = 0;
     }
+    for (int i = count; i < CHUNK; ++i) keys[i] = keys[count - 1];  // stands in, and is hidden below
     if (rows <= FEW_ROWS) {
       for (int i = 0; i < count; i += W)
         for (int r = 0; r < rows; ++r) store(s.scores + r * CHUNK + i, dots(s.q + r * dim, keys + i, dim));
@@ -165,7 +176,8 @@ inline void attend(const AttentionArgs& a, AttentionScratch& s, int64_t sequence
       vec highest = load(score);
       for (int i = W; i < CHUNK; i += W) highest = highest > load(score + i) ? highest : load(score + i);
       float most = s.most[r];
-      for (int i = 0; i < W; ++i) most = highest[i] > most ? highest[i] : most;
+      const float chunk_most = largest(highest);
+      most = chunk_most > most ? chunk_most : most;
       vec sums{};
       for (int i = 0; i < CHUNK; i += W) {
         const vec p = exp(load(score + i) - most);

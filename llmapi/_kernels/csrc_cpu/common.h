@@ -51,6 +51,16 @@ inline float sum(vec v) {
   return c[0] + c[1];
 }
 
+// Largest of the lanes.
+inline float largest(vec v) {
+  typedef float v4 __attribute__((vector_size(16)));
+  v4 part[W / 4];
+  std::memcpy(part, &v, sizeof v);
+  for (int i = 1; i < W / 4; ++i) part[0] = part[0] > part[i] ? part[0] : part[i];
+  const v4 a = part[0], b = __builtin_shufflevector(a, a, 2, 3, 2, 3), c = a > b ? a : b;
+  return c[0] > c[1] ? c[0] : c[1];
+}
+
 // e**x to about 1e-7; 0 below the smallest normal number, the largest number above the largest. NaN stays NaN.
 inline vec exp(vec x) {
   const vec lowest = splat(-87.33654f), highest = splat(88.37626f);

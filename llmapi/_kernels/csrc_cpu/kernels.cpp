@@ -11,9 +11,18 @@ gomp_parallel_t pool_run = nullptr;
 // `run` is the OpenMP runtime's GOMP_parallel; without it everything runs on the calling thread.
 LLMAPI_EXPORT void llmapi_use_pool(void* run) { llmapi::pool_run = reinterpret_cast<llmapi::gomp_parallel_t>(run); }
 
-LLMAPI_EXPORT void llmapi_linear(const float* x, const float* w, const float* bias, float* y, int64_t rows, int64_t in,
-                                 int64_t out, int threads) {
-  llmapi::linear({x, w, bias, y, rows, in, out}, threads);
+// Floats that the packed form of an [out, in] weight takes.
+LLMAPI_EXPORT int64_t llmapi_packed_size(int64_t in, int64_t out) {
+  return llmapi::panel_count(out) * llmapi::PANEL * in;
+}
+
+LLMAPI_EXPORT void llmapi_pack_linear(const float* w, float* panels, int64_t in, int64_t out, int threads) {
+  llmapi::pack_linear(w, panels, in, out, threads);
+}
+
+LLMAPI_EXPORT void llmapi_linear(const float* x, const float* panels, const float* bias, float* y, int64_t rows,
+                                 int64_t in, int64_t out, int threads) {
+  llmapi::linear({x, panels, bias, y, rows, in, out}, threads);
 }
 
 LLMAPI_EXPORT void llmapi_rms_norm(const float* x, const float* residual, const float* weight, float* y, float* total,

@@ -1,100 +1,120 @@
-// y = x W^T + b for few rows of x: weights are read as they lie, once, at the rate of memory.
+// y = x W^T + b, with weights in panels: PANEL outputs side by side for each input, panel after panel.
+//
+// A tile holds R rows of x by one panel in registers; per input it loads the panel's row and one number of each row of
+// x. Few rows read the weights once, in order, at the rate of memory; many rows reuse a panel from the cache.
 #pragma once
 
 #include "common.h"
 
 namespace llmapi {
 
-constexpr int OUT = 4;  // outputs of a tile
+constexpr int PANEL = 2 * W;
 #if defined(__AVX512F__)
-constexpr int ROWS = 6;  // rows of x in a tile: 24 sums in 32 registers
+constexpr int ROWS = 12;  // 24 sums in 32 registers
 #else
-constexpr int ROWS = 2;
+constexpr int ROWS = 6;  // 12 sums in 16
 #endif
-constexpr int64_t PANEL = 64;  // outputs that a thread takes at a time
+constexpr int64_t ROW_BLOCK = 8 * ROWS;  // rows of x that stay in the second-level cache while panels pass
 
 struct LinearArgs {
-  const float* x;     // [rows, in]
-  const float* w;     // [out, in]
-  const float* bias;  // [out] or null
-  float* y;           // [rows, out]
+  const float* x;       // [rows, in]
+  const float* panels;  // [ceil(out / PANEL), in, PANEL]
+  const float* bias;    // [out] or null
+  float* y;             // [rows, out]
   int64_t rows, in, out;
 };
 
-// O outputs of R rows. Each sum runs over `in` in the same order whatever O and R are, so a row's result does not
-// depend on the rows beside it. FETCH lines of the weights at `ahead` are fetched in each step.
-template <int O, int R, int FETCH>
-inline void tile(const LinearArgs& a, int64_t row, int64_t out, const char* ahead) {
-  const float* w = a.w + out * a.in;
+inline int64_t panel_count(int64_t out) { return (out + PANEL - 1) / PANEL; }
+
+// Each sum runs over `in` in order, whatever R is: a row's result does not depend on the rows beside it. FETCH lines of
+// what comes next, at `ahead`, are fetched for each input.
+template <int R, int FETCH>
+inline void tile(const LinearArgs& a, int64_t row, int64_t panel, const char* ahead) {
+  const float* w = a.panels + panel * a.in * PANEL;
   const float* x = a.x + row * a.in;
   const int64_t in = a.in;
-  vec sums[O][R] = {};
-  int64_t k = 0;
-  for (; k + W <= in; k += W) {
-    for (int i = 0; i < FETCH; ++i) __builtin_prefetch(ahead + 64 * i, 0, 3);
-    ahead += 64 * FETCH;
-    vec wide[O];
-    for (int o = 0; o < O; ++o) wide[o] = load(w + o * in + k);
+  vec low[R] = {}, high[R] = {};
+  for (int64_t k = 0; k < in; ++k) {
+    if (FETCH) {
+      for (int i = 0; i < FETCH; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
+      ahead += 64 * FETCH;
+    }
+    const vec l = load(w + k * PANEL), h = load(w + k * PANEL + W);
     for (int r = 0; r < R; ++r) {
-      vec value = load(x + r * in + k);
+      vec value = splat(x[r * in + k]);
 #if defined(__x86_64__)
-      asm("" : "+v"(value));  // keep it in a register: one load for O products
+      asm("" : "+v"(value));  // one load for both products
 #endif
-      for (int o = 0; o < O; ++o) sums[o][r] += wide[o] * value;
+      low[r] += l * value;
+      high[r] += h * value;
     }
   }
-  if (k < in) {
-    const int n = static_cast<int>(in - k);
-    for (int r = 0; r < R; ++r) {
-      const vec value = load_first(x + r * in + k, n);
-      for (int o = 0; o < O; ++o) sums[o][r] += load_first(w + o * in + k, n) * value;
+  const int64_t first = panel * PANEL, count = a.out - first;
+  for (int r = 0; r < R; ++r) {
+    float* y = a.y + (row + r) * a.out + first;
+    if (count >= PANEL) {
+      store(y, a.bias ? low[r] + load(a.bias + first) : low[r]);
+      store(y + W, a.bias ? high[r] + load(a.bias + first + W) : high[r]);
+    } else {
+      for (int64_t i = 0; i < count; ++i)
+        y[i] = (i < W ? low[r][i] : high[r][i - W]) + (a.bias ? a.bias[first + i] : 0.0f);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o)
-      a.y[(row + r) * a.out + out + o] = sum(sums[o][r]) + (a.bias ? a.bias[out + o] : 0.0f);
 }
 
-template <int O, int FETCH>
-inline void tile_of(int rows, const LinearArgs& a, int64_t row, int64_t out, const char* ahead) {
+template <int FETCH>
+inline void tile_of(int rows, const LinearArgs& a, int64_t row, int64_t panel, const char* ahead) {
   switch (rows) {
-    case 1: return tile<O, 1, FETCH>(a, row, out, ahead);
-    case 2: return tile<O, 2, FETCH>(a, row, out, ahead);
+    case 1: return tile<1, FETCH>(a, row, panel, ahead);
+    case 2: return tile<2, FETCH>(a, row, panel, ahead);
+    case 3: return tile<3, FETCH>(a, row, panel, ahead);
+    case 4: return tile<4, FETCH>(a, row, panel, ahead);
+    case 5: return tile<5, FETCH>(a, row, panel, ahead);
+    case 6: return tile<6, FETCH>(a, row, panel, ahead);
 #if defined(__AVX512F__)
-    case 3: return tile<O, 3, FETCH>(a, row, out, ahead);
-    case 4: return tile<O, 4, FETCH>(a, row, out, ahead);
-    case 5: return tile<O, 5, FETCH>(a, row, out, ahead);
-    case 6: return tile<O, 6, FETCH>(a, row, out, ahead);
+    case 7: return tile<7, FETCH>(a, row, panel, ahead);
+    case 8: return tile<8, FETCH>(a, row, panel, ahead);
+    case 9: return tile<9, FETCH>(a, row, panel, ahead);
+    case 10: return tile<10, FETCH>(a, row, panel, ahead);
+    case 11: return tile<11, FETCH>(a, row, panel, ahead);
+    case 12: return tile<12, FETCH>(a, row, panel, ahead);
 #endif
   }
 }
 
 inline void linear(const LinearArgs& a, int threads) {
-  const int64_t groups = (a.rows + ROWS - 1) / ROWS;
-  const int64_t panels = (a.out + PANEL - 1) / PANEL;
-  const int64_t steps = a.in / W;
-  for_each(panels, threads, [&](int64_t panel) {
-    int64_t out = panel * PANEL;
-    const int64_t last = out + PANEL < a.out ? out + PANEL : a.out;
-    while (out < last) {
-      const bool whole = last - out >= OUT;
-      const bool more = out + 2 * OUT <= a.out;  // the weights of the next tile follow in memory
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t row = a.rows * g / groups;
-        const int rows = static_cast<int>(a.rows * (g + 1) / groups - row);
-        // With several groups of rows, the first two fetch half of the next tile's weights each.
-        const char* next = reinterpret_cast<const char*>(a.w + (out + OUT) * a.in);
-        if (!whole)
-          tile_of<1, 0>(rows, a, row, out, next);
-        else if (more && groups == 1)
-          tile_of<OUT, OUT * W * 4 / 64>(rows, a, row, out, next);
-        else if (more && g < 2)
-          tile_of<OUT, OUT * W * 4 / 128>(rows, a, row, out, next + g * steps * (OUT * W * 4 / 128) * 64);
-        else
-          tile_of<OUT, 0>(rows, a, row, out, next);
-      }
-      out += whole ? OUT : 1;
+  const int64_t panels = panel_count(a.out), blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK;
+  for_each(panels * blocks, threads, [&](int64_t item) {
+    const int64_t block = item / panels, panel = item % panels;
+    const int64_t first = a.rows * block / blocks, count = a.rows * (block + 1) / blocks - first;
+    const int64_t groups = (count + ROWS - 1) / ROWS;
+    // While the last rows of this panel are computed, the panel after the other threads' is on its way.
+    const int64_t next = panel + threads < panels ? panel + threads : panel;
+    const char* ahead = reinterpret_cast<const char*>(a.panels + next * a.in * PANEL);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t row = count * g / groups;
+      const int rows = static_cast<int>(count * (g + 1) / groups - row);
+      if (groups == 1)
+        tile_of<PANEL * 4 / 64>(rows, a, first + row, panel, ahead);
+      else if (g < 2)
+        tile_of<PANEL * 4 / 128>(rows, a, first + row, panel, ahead + g * a.in * (PANEL * 4 / 128) * 64);
+      else
+        tile_of<0>(rows, a, first + row, panel, ahead);
     }
+  });
+}
+
+// Weights as they lie, [out, in], to panels; missing outputs of the last panel are zeros.
+inline void pack_linear(const float* w, float* panels, int64_t in, int64_t out, int threads) {
+  for_each(panel_count(out), threads, [&](int64_t panel) {
+    float* to = panels + panel * in * PANEL;
+    const int64_t first = panel * PANEL, count = out - first < PANEL ? out - first : PANEL;
+    if (count < PANEL) std::memset(to, 0, in * PANEL * sizeof(float));
+    for (int64_t k = 0; k < in; k += 16)  // a cache line of each output at a time
+      for (int64_t i = 0; i < count; ++i) {
+        const float* from = w + (first + i) * in;
+        for (int64_t j = k; j < k + 16 && j < in; ++j) to[j * PANEL + i] = from[j];
+      }
   });
 }
 
