@@ -123,16 +123,82 @@ inline vec dots(const float* q, const float* const* keys, int64_t dim) {
 #endif
 }
 
-// One tile: query tokens [first, last) of a sequence, and the query heads of one key head.
-inline void attend(const AttentionArgs& a, AttentionScratch& s, int64_t sequence, int64_t head, int64_t first,
-                   int64_t last) {
-  const int64_t group = a.heads / a.kv_heads, dim = a.dim, token_row = a.kv_heads * dim;
-  const int64_t row0 = a.starts[sequence];
-  const int64_t position0 = a.lengths[sequence] - (a.starts[sequence + 1] - row0);  // of the sequence's first query
-  const int rows = static_cast<int>((last - first) * group), vectors = static_cast<int>(dim / W);
-  const int32_t* table = a.tables + sequence * a.table_width;
+// One chunk of keys for the rows of one key head: scores, softmax so far, weighted values.
+inline void attend_chunk(const AttentionArgs& a, AttentionScratch& s, int row0, int rows, int64_t head, int64_t position0,
+                         int64_t at, int count, const int64_t* slots, int next_count, const int64_t* next) {
+  const int64_t group = a.heads / a.kv_heads, dim = a.dim;
+  const float *keys[CHUNK], *values[CHUNK];
+  for (int i = 0; i < CHUNK; ++i) {  // past the last key the last one stands in, and is hidden below
+    const int64_t offset = (slots[i < count ? i : count - 1] * a.kv_heads + head) * dim;
+    keys[i] = a.k_cache + offset;
+    values[i] = a.v_cache + offset;
+  }
+  if (rows <= FEW_ROWS)
+    for (int i = 0; i < next_count; ++i) {  // the next chunk is fetched while this one is computed
+      const int64_t offset = (next[i] * a.kv_heads + head) * dim;
+      for (int64_t d = 0; d < dim; d += 16) {
+        __builtin_prefetch(a.k_cache + offset + d, 0, 2);
+        __builtin_prefetch(a.v_cache + offset + d, 0, 2);
+      }
+    }
+  float* const q = s.q + row0 * dim;
+  float* const out = s.out + row0 * dim;
+  if (rows <= FEW_ROWS) {
+    for (int i = 0; i < count; i += W)
+      for (int r = 0; r < rows; ++r) store(s.scores + r * CHUNK + i, dots(q + r * dim, keys + i, dim));
+  } else {
+    for (int i = 0; i < CHUNK; ++i)
+      for (int64_t d = 0; d < dim; ++d) s.turned[d * CHUNK + i] = keys[i][d];
+    outer_all(rows, CHUNK / W, q, dim, [&](int64_t d) { return s.turned + d * CHUNK; }, dim, s.scores, CHUNK, false);
+  }
   for (int r = 0; r < rows; ++r) {
-    const float* q = a.q + ((row0 + first + r / group) * a.heads + head * group + r % group) * dim;
+    float* score = s.scores + r * CHUNK;
+    const int64_t position = position0 + r / group, h = head * group + r % group;
+    if (a.softcap != 0.0f)
+      for (int i = 0; i < count; ++i) score[i] = a.softcap * std::tanh(score[i] / a.softcap);
+    if (a.slopes)
+      for (int i = 0; i < count; ++i) score[i] += a.slopes[h] * static_cast<float>(at + i - position);
+    const int64_t seen = position + 1 - at;  // keys of this chunk up to the query itself
+    for (int i = seen < 0 ? 0 : static_cast<int>(seen < count ? seen : count); i < CHUNK; ++i) score[i] = -INFINITY;
+    if (a.window)
+      for (int i = 0; i < count && at + i <= position - a.window; ++i) score[i] = -INFINITY;
+    vec highest = load(score);
+    for (int i = W; i < CHUNK; i += W) highest = highest > load(score + i) ? highest : load(score + i);
+    const float chunk_most = largest(highest), before = s.most[row0 + r];
+    const float most = chunk_most > before ? chunk_most : before;
+    vec sums{};
+    for (int i = 0; i < CHUNK; i += W) {
+      const vec p = exp(load(score + i) - most);
+      store(score + i, p);
+      sums += p;
+    }
+    if (most != before) {
+      const float keep = exp(splat(before - most))[0];
+      s.total[row0 + r] *= keep;
+      for (int64_t d = 0; d < dim; d += W) store(out + r * dim + d, load(out + r * dim + d) * keep);
+      s.most[row0 + r] = most;
+    }
+    s.total[row0 + r] += sum(sums);
+  }
+  const int vectors = static_cast<int>(dim / W);
+  outer_all(rows, vectors, s.scores, CHUNK, [&](int64_t i) { return values[i]; }, count, out, dim, true);
+}
+
+// Query tokens [first, last) of a sequence, and the query heads of key heads [head0, head1).
+inline void attend(const AttentionArgs& a, AttentionScratch& s, int64_t sequence, int64_t head0, int64_t head1,
+                   int64_t first, int64_t last) {
+  const int64_t group = a.heads / a.kv_heads, dim = a.dim;
+  const int64_t start = a.starts[sequence];
+  const int64_t length = a.lengths[sequence];
+  const int64_t position0 = length - (a.starts[sequence + 1] - start) + first;  // of the first query here
+  const int rows = static_cast<int>((last - first) * group);                   // of one key head
+  const int all = rows * static_cast<int>(head1 - head0);
+  const int32_t* table = a.tables + sequence * a.table_width;
+  const auto at_row = [&](int r) {  // where row r lies in q and out
+    return ((start + first + r % rows / group) * a.heads + (head0 + r / rows) * group + r % group) * dim;
+  };
+  for (int r = 0; r < all; ++r) {
+    const float* q = a.q + at_row(r);
     for (int64_t d = 0; d < dim; d += W) {
       store(s.q + r * dim + d, load(q + d) * a.scale);
       store(s.out + r * dim + d, vec{});
@@ -140,90 +206,54 @@ inline void attend(const AttentionArgs& a, AttentionScratch& s, int64_t sequence
     s.most[r] = -1e30f;  // finite, so that a difference of two is a number
     s.total[r] = 0.0f;
   }
-  const int64_t end = position0 + last;  // keys that the last query sees
-  int64_t begin = a.window ? position0 + first - a.window + 1 : 0;
+  const int64_t end = position0 + last - first;  // keys that the last query sees
+  int64_t begin = a.window ? position0 - a.window + 1 : 0;
   begin = begin < 0 ? 0 : begin;
-  const float *keys[CHUNK], *values[CHUNK];
-  for (int64_t at = begin; at < end; at += CHUNK) {
+  int64_t block = begin / a.block_size, within = begin % a.block_size, slots[2][CHUNK];
+  const auto find = [&](int64_t at, int64_t* slot) {  // slots of the chunk at `at`, chunk after chunk; their number
     const int count = static_cast<int>(end - at < CHUNK ? end - at : CHUNK);
-    int64_t block = at / a.block_size, within = at % a.block_size;
     for (int i = 0; i < count; ++i) {
-      const int64_t offset = (table[block] * a.block_size + within) * token_row + head * dim;
-      keys[i] = a.k_cache + offset;
-      values[i] = a.v_cache + offset;
+      slot[i] = table[block] * a.block_size + within;
       if (++within == a.block_size) ++block, within = 0;
     }
-    for (int i = count; i < CHUNK; ++i) keys[i] = keys[count - 1];  // stands in, and is hidden below
-    if (rows <= FEW_ROWS) {
-      for (int i = 0; i < count; i += W)
-        for (int r = 0; r < rows; ++r) store(s.scores + r * CHUNK + i, dots(s.q + r * dim, keys + i, dim));
-    } else {
-      for (int i = 0; i < CHUNK; ++i)
-        for (int64_t d = 0; d < dim; ++d) s.turned[d * CHUNK + i] = keys[i][d];
-      outer_all(rows, CHUNK / W, s.q, dim, [&](int64_t d) { return s.turned + d * CHUNK; }, dim, s.scores, CHUNK, false);
-    }
-    for (int r = 0; r < rows; ++r) {
-      float* score = s.scores + r * CHUNK;
-      const int64_t position = position0 + first + r / group, h = head * group + r % group;
-      if (a.softcap != 0.0f)
-        for (int i = 0; i < count; ++i) score[i] = a.softcap * std::tanh(score[i] / a.softcap);
-      if (a.slopes)
-        for (int i = 0; i < count; ++i) score[i] += a.slopes[h] * static_cast<float>(at + i - position);
-      const int64_t seen = position + 1 - at;  // keys of this chunk up to the query itself
-      for (int i = seen < 0 ? 0 : static_cast<int>(seen < count ? seen : count); i < CHUNK; ++i) score[i] = -INFINITY;
-      if (a.window)
-        for (int i = 0; i < count && at + i <= position - a.window; ++i) score[i] = -INFINITY;
-      vec highest = load(score);
-      for (int i = W; i < CHUNK; i += W) highest = highest > load(score + i) ? highest : load(score + i);
-      float most = s.most[r];
-      const float chunk_most = largest(highest);
-      most = chunk_most > most ? chunk_most : most;
-      vec sums{};
-      for (int i = 0; i < CHUNK; i += W) {
-        const vec p = exp(load(score + i) - most);
-        store(score + i, p);
-        sums += p;
-      }
-      if (most != s.most[r]) {
-        const float keep = exp(splat(s.most[r] - most))[0];
-        s.total[r] *= keep;
-        for (int64_t d = 0; d < dim; d += W) store(s.out + r * dim + d, load(s.out + r * dim + d) * keep);
-        s.most[r] = most;
-      }
-      s.total[r] += sum(sums);
-    }
-    outer_all(rows, vectors, s.scores, CHUNK, [&](int64_t i) { return values[i]; }, count, s.out, dim, true);
+    return count > 0 ? count : 0;
+  };
+  int turn = 0, count = find(begin, slots[0]);
+  for (int64_t at = begin; at < end; at += CHUNK, turn ^= 1) {
+    const int next = find(at + CHUNK, slots[turn ^ 1]);
+    for (int64_t head = head0; head < head1; ++head)
+      attend_chunk(a, s, static_cast<int>(head - head0) * rows, rows, head, position0, at, count, slots[turn], next,
+                   slots[turn ^ 1]);
+    count = next;
   }
-  for (int r = 0; r < rows; ++r) {
-    const int64_t h = head * group + r % group;
+  for (int r = 0; r < all; ++r) {
     float total = s.total[r], keep = 1.0f;
     if (a.sinks) {  // one more logit, without a value
-      const float most = a.sinks[h] > s.most[r] ? a.sinks[h] : s.most[r];
+      const float sink = a.sinks[(head0 + r / rows) * group + r % group];
+      const float most = sink > s.most[r] ? sink : s.most[r];
       keep = exp(splat(s.most[r] - most))[0];
-      total = total * keep + exp(splat(a.sinks[h] - most))[0];
+      total = total * keep + exp(splat(sink - most))[0];
     }
-    float* out = a.out + ((row0 + first + r / group) * a.heads + h) * dim;
+    float* out = a.out + at_row(r);
     for (int64_t d = 0; d < dim; d += W) store(out + d, load(s.out + r * dim + d) * (keep / total));
   }
 }
 
-inline int64_t tokens_of_tile(const AttentionArgs& a) {
-  const int64_t group = a.heads / a.kv_heads;
-  return group >= TILE_ROWS ? 1 : TILE_ROWS / group;
-}
-
 inline void attention(const AttentionArgs& a, int threads) {
-  const int64_t step = tokens_of_tile(a);
-  // Tiles of all sequences in one numbering: (sequence, tile, key head), found again by walking the sequences.
+  const int64_t group = a.heads / a.kv_heads, step = TILE_ROWS / group;
+  // One token at a time, a thread takes all key heads of a sequence, which lie side by side, if there are sequences
+  // enough for all threads; else, and for many tokens, it takes one key head.
+  const bool decode = a.starts[a.sequences] == a.sequences && a.sequences >= 2 * threads && a.heads <= TILE_ROWS;
+  const int64_t heads = decode ? a.kv_heads : 1, parts = a.kv_heads / heads;
   int64_t tiles = 0;
-  for (int64_t i = 0; i < a.sequences; ++i) tiles += (a.starts[i + 1] - a.starts[i] + step - 1) / step * a.kv_heads;
+  for (int64_t i = 0; i < a.sequences; ++i) tiles += (a.starts[i + 1] - a.starts[i] + step - 1) / step * parts;
   for_each(tiles, threads, [&](int64_t item) {
     static thread_local AttentionScratch scratch;
     for (int64_t i = 0; i < a.sequences; ++i) {
-      const int64_t count = a.starts[i + 1] - a.starts[i], here = (count + step - 1) / step * a.kv_heads;
+      const int64_t count = a.starts[i + 1] - a.starts[i], here = (count + step - 1) / step * parts;
       if (item < here) {
-        const int64_t first = item / a.kv_heads * step;
-        return attend(a, scratch, i, item % a.kv_heads, first, first + step < count ? first + step : count);
+        const int64_t first = item / parts * step, head = item % parts * heads;
+        return attend(a, scratch, i, head, head + heads, first, first + step < count ? first + step : count);
       }
       item -= here;
     }

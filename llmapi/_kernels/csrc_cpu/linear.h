@@ -14,7 +14,7 @@ constexpr int ROWS = 12;  // 24 sums in 32 registers
 #else
 constexpr int ROWS = 6;  // 12 sums in 16
 #endif
-constexpr int64_t ROW_BLOCK = 8 * ROWS;  // rows of x that stay in the second-level cache while panels pass
+constexpr int64_t ROW_BLOCK = 16 * ROWS;  // rows of x that stay in the second-level cache while panels pass
 
 struct LinearArgs {
   const float* x;       // [rows, in]
@@ -86,7 +86,7 @@ inline void linear(const LinearArgs& a, int threads) {
   const int64_t panels = panel_count(a.out), blocks = (a.rows + ROW_BLOCK - 1) / ROW_BLOCK;
   for_each(panels * blocks, threads, [&](int64_t item) {
     const int64_t block = item / panels, panel = item % panels;
-    const int64_t first = a.rows * block / blocks, count = a.rows * (block + 1) / blocks - first;
+    const int64_t first = block * ROW_BLOCK, count = a.rows - first < ROW_BLOCK ? a.rows - first : ROW_BLOCK;
     const int64_t groups = (count + ROWS - 1) / ROWS;
     // While the last rows of this panel are computed, the panel after the other threads' is on its way.
     const int64_t next = panel + threads < panels ? panel + threads : panel;
