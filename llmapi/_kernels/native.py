@@ -1,7 +1,7 @@
 """NativeKernels: the compiled functions of ``csrc_cpu/``, on the threads that torch itself uses.
 
-They take contiguous float32 tensors on the CPU (int32 indices). What they do not cover stays with torch; each operator's
-module decides that.
+They take contiguous float32 tensors on the CPU (int32 indices). What they do not cover stays with torch; the module of
+each operator decides that.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class NativeKernels:
 
     Attributes:
         path: as given.
-        packed_size, pack_linear, linear, rms_norm, add_layer_norm, gated_activation, rotary_kv_write, paged_attention: the C functions of
-            ``csrc_cpu/kernels.cpp``, which take addresses and sizes; the GIL is free while they run.
+        packed_size, pack_linear, linear, rms_norm, add_layer_norm, gated_activation, rotary_kv_write, paged_attention:
+            the C functions of ``csrc_cpu/kernels.cpp``, which take addresses and sizes; the GIL is free meanwhile.
 
     Raises:
         OSError: it cannot be loaded, or torch's OpenMP runtime cannot be found in this process.
