@@ -14,14 +14,17 @@ import stat
 import subprocess
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmapi import _env
 from llmapi._build.key import Key, Part, canonical, source_digest
 from llmapi._build.names import CPU_KERNELS_FILE
 from llmapi._build.store import Staging, Store
 from llmapi._build.store.entry import Entry
-from llmapi._kernels.native import NativeKernels
 from llmapi.errors import BuildError, LLMAPIError
+
+if TYPE_CHECKING:
+    from llmapi._kernels.native import NativeKernels
 
 log = logging.getLogger("llmapi")
 
@@ -113,6 +116,8 @@ def obtain(store: Store) -> NativeKernels:
     """
     if not _env.cpu_kernels():
         raise NoKernels("LLMAPI_CPU_KERNELS is 0")
+    from llmapi._kernels.native import NativeKernels
+
     compiler, version = find_compiler()
     key = kernels_key(version)
 

@@ -1,8 +1,8 @@
 """Linear layers on the CPU: weights are repacked once for fast products.
 
-With compiled kernels they lie in panels that serve any number of rows, and a row's result is the same to the bit whatever
-rows it is with. Without kernels oneDNN's blocked layout serves three rows and more, of which the same holds; one or two
-rows read the weights as they lie.
+With compiled kernels they lie in panels that serve any number of rows, and a row's result is the same to the bit
+whatever rows it is with. Without kernels oneDNN's blocked layout serves three rows and more, of which the same holds;
+one or two rows read the weights as they lie.
 """
 
 from __future__ import annotations

@@ -52,9 +52,7 @@ inline void outer(const float* a, int64_t a_row, const B& b, int64_t n, float* c
     for (int v = 0; v < V; ++v) wide[v] = load(at + v * W);
     for (int r = 0; r < R; ++r) {
       vec factor = splat(a[r * a_row + i]);
-#if defined(__x86_64__)
-      asm("" : "+v"(factor));  // one load for V products
-#endif
+      in_register(factor);
       for (int v = 0; v < V; ++v) sums[r][v] += factor * wide[v];
     }
   }
@@ -101,31 +99,32 @@ inline vec dots(const float* q, const float* const* keys, int64_t dim) {
   }
 #if defined(__AVX512F__)
   for (int i = 0; i < 8; ++i)  // lanes 0-7 of one and of the other, summed over halves
-    part[i] = __builtin_shufflevector(part[i], part[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-              __builtin_shufflevector(part[i], part[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    part[i] = LLMAPI_SHUFFLE(ivec, part[i], part[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+              LLMAPI_SHUFFLE(ivec, part[i], part[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   for (int i = 0; i < 4; ++i)
-    part[i] = __builtin_shufflevector(part[i], part[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-              __builtin_shufflevector(part[i], part[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    part[i] = LLMAPI_SHUFFLE(ivec, part[i], part[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+              LLMAPI_SHUFFLE(ivec, part[i], part[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
   for (int i = 0; i < 2; ++i)
-    part[i] = __builtin_shufflevector(part[i], part[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-              __builtin_shufflevector(part[i], part[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  return __builtin_shufflevector(part[0], part[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         __builtin_shufflevector(part[0], part[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    part[i] = LLMAPI_SHUFFLE(ivec, part[i], part[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+              LLMAPI_SHUFFLE(ivec, part[i], part[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return LLMAPI_SHUFFLE(ivec, part[0], part[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         LLMAPI_SHUFFLE(ivec, part[0], part[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 #else
   for (int i = 0; i < 4; ++i)
-    part[i] = __builtin_shufflevector(part[i], part[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
-              __builtin_shufflevector(part[i], part[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    part[i] = LLMAPI_SHUFFLE(ivec, part[i], part[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+              LLMAPI_SHUFFLE(ivec, part[i], part[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   for (int i = 0; i < 2; ++i)
-    part[i] = __builtin_shufflevector(part[i], part[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
-              __builtin_shufflevector(part[i], part[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-  return __builtin_shufflevector(part[0], part[1], 0, 8, 2, 10, 4, 12, 6, 14) +
-         __builtin_shufflevector(part[0], part[1], 1, 9, 3, 11, 5, 13, 7, 15);
+    part[i] = LLMAPI_SHUFFLE(ivec, part[i], part[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+              LLMAPI_SHUFFLE(ivec, part[i], part[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  return LLMAPI_SHUFFLE(ivec, part[0], part[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+         LLMAPI_SHUFFLE(ivec, part[0], part[1], 1, 9, 3, 11, 5, 13, 7, 15);
 #endif
 }
 
 // One chunk of keys for the rows of one key head: scores, softmax so far, weighted values.
-inline void attend_chunk(const AttentionArgs& a, AttentionScratch& s, int row0, int rows, int64_t head, int64_t position0,
-                         int64_t at, int count, const int64_t* slots, int next_count, const int64_t* next) {
+inline void attend_chunk(const AttentionArgs& a, AttentionScratch& s, int row0, int rows, int64_t head,
+                         int64_t position0, int64_t at, int count, const int64_t* slots, int next_count,
+                         const int64_t* next) {
   const int64_t group = a.heads / a.kv_heads, dim = a.dim;
   const float *keys[CHUNK], *values[CHUNK];
   for (int i = 0; i < CHUNK; ++i) {  // past the last key the last one stands in, and is hidden below

@@ -18,9 +18,28 @@ typedef float vec __attribute__((vector_size(W * 4)));
 typedef int32_t ivec __attribute__((vector_size(W * 4)));
 typedef vec uvec __attribute__((aligned(4)));  // the same in memory, at any address
 
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t iv4 __attribute__((vector_size(16)));
+
 inline vec load(const float* p) { return *reinterpret_cast<const uvec*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<uvec*>(p) = v; }
 inline vec splat(float x) { return x - vec{}; }
+
+// Lanes of two vectors in a new order; I is the vector of as many integers. GCC before 12 lacks the name that Clang has.
+#if defined(__clang__)
+#define LLMAPI_SHUFFLE(I, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LLMAPI_SHUFFLE(I, a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
+
+// Keeps a value in a register, so that it is loaded once for several products.
+inline void in_register(vec& value) {
+#if defined(__AVX__)
+  asm("" : "+v"(value));
+#else
+  (void)value;
+#endif
+}
 
 // The first n < W floats, then zeros.
 inline vec load_first(const float* p, int n) {
@@ -34,7 +53,6 @@ inline void store_first(float* p, vec v, int n) { std::memcpy(p, &v, n * sizeof(
 // Sum of the lanes: halves, then halves of the halves, always in this order.
 inline float sum(vec v) {
   typedef float v8 __attribute__((vector_size(32)));
-  typedef float v4 __attribute__((vector_size(16)));
 #if defined(__AVX512F__)
   v8 low, high;
   std::memcpy(&low, &v, 32);
@@ -47,17 +65,16 @@ inline float sum(vec v) {
   std::memcpy(&lower, &a, 16);
   std::memcpy(&upper, reinterpret_cast<const char*>(&a) + 16, 16);
   v4 b = lower + upper;
-  v4 c = b + __builtin_shufflevector(b, b, 2, 3, 2, 3);
+  v4 c = b + LLMAPI_SHUFFLE(iv4, b, b, 2, 3, 2, 3);
   return c[0] + c[1];
 }
 
 // Largest of the lanes.
 inline float largest(vec v) {
-  typedef float v4 __attribute__((vector_size(16)));
   v4 part[W / 4];
   std::memcpy(part, &v, sizeof v);
   for (int i = 1; i < W / 4; ++i) part[0] = part[0] > part[i] ? part[0] : part[i];
-  const v4 a = part[0], b = __builtin_shufflevector(a, a, 2, 3, 2, 3), c = a > b ? a : b;
+  const v4 a = part[0], b = LLMAPI_SHUFFLE(iv4, a, a, 2, 3, 2, 3), c = a > b ? a : b;
   return c[0] > c[1] ? c[0] : c[1];
 }
 

@@ -42,9 +42,7 @@ inline void tile(const LinearArgs& a, int64_t row, int64_t panel, const char* ah
     const vec l = load(w + k * PANEL), h = load(w + k * PANEL + W);
     for (int r = 0; r < R; ++r) {
       vec value = splat(x[r * in + k]);
-#if defined(__x86_64__)
-      asm("" : "+v"(value));  // one load for both products
-#endif
+      in_register(value);
       low[r] += l * value;
       high[r] += h * value;
     }
