@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmapi._kernels.nvrtc import Unit
+    from llmapi._kernels.native import NativeKernels
 
 log = logging.getLogger("llmapi")
 
@@ -212,6 +213,25 @@ class Builder:
             phase.note = "measured" if measured else "cache hit"
         self.report.keys["tuning"] = key.digest
         return table
+
+    def cpu_kernels(self) -> NativeKernels | None:
+        """The compiled CPU kernels, loaded; None where there are none, and then torch's operators do the work."""
+        from llmapi._build.cpu_kernels import NoKernels, obtain
+
+        with self.report.phase("kernels") as phase:
+            before = len(self._store.snapshot().lines)
+            try:
+                with self._bar("kernels", 1) as done:
+                    kernels = obtain(self._store)
+                    done(1)
+            except NoKernels as error:
+                phase.note = "none"
+                log.info("no compiled CPU kernels, torch's operators are used: %s", error)
+                return None
+            lines = self._store.snapshot().lines[before:]
+            self.report.cache += lines
+            phase.note = "built" if any(line.startswith("built") for line in lines) else "cache hit"
+        return kernels
 
     def close(self) -> None:
         """Let go of the artifacts; the cache may then evict them."""

@@ -13,10 +13,11 @@ import torch
 from llmapi._build.graph import Graph, Input, Ref
 from llmapi._build.tensor_file import TensorFile
 from llmapi._kernels import OPS
+from llmapi._kernels.native import NativeKernels
 from llmapi._kernels.plan import CpuPlan
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine import Engine, num_kv_blocks
-from llmapi._runtime.linear_cpu import PackedLinear, can_pack
+from llmapi._runtime.linear_cpu import can_pack, make_linear
 from llmapi.config import EngineConfig
 from llmapi.errors import BuildError, ConfigError, EngineClosedError
 from llmapi.models.spec import TransformerSpec
@@ -37,6 +38,7 @@ class CpuEngine(Engine):
         constants: the graph's small tables by name.
         spec: the model.
         config: limits and types.
+        kernels: compiled kernels, used where everything is float32; None for torch's operators.
 
     Raises:
         ConfigError: the KV cache does not fit.
@@ -50,6 +52,7 @@ class CpuEngine(Engine):
         constants: Mapping[str, torch.Tensor],
         spec: TransformerSpec,
         config: EngineConfig,
+        kernels: NativeKernels | None = None,
     ) -> None:
         self.spec, self.config = spec, config
         self.num_blocks = num_kv_blocks(config, spec, available_memory, DEFAULT_KV_FRACTION)
@@ -63,7 +66,8 @@ class CpuEngine(Engine):
             pack = can_pack(weights.path.stat().st_size, available_memory())
         except ConfigError:  # the system does not tell
             pack = False
-        self._program, self._slots, self._size, self._output = _bind(graph, values, pack=pack)
+        self.kernels = kernels if config.dtype == config.kv_dtype == "float32" else None
+        self._program, self._slots, self._size, self._output = _bind(graph, values, self.kernels, pack=pack)
         self._closed = False
 
     @torch.inference_mode()
@@ -126,13 +130,14 @@ def _step_tensors(batch: StepBatch) -> dict[str, torch.Tensor]:
 
 
 def _bind(
-    graph: Graph, values: Mapping[str, Any], *, pack: bool
+    graph: Graph, values: Mapping[str, Any], kernels: NativeKernels | None, *, pack: bool
 ) -> tuple[list[_Instruction], dict[str, int], int, int]:
     """Resolve every node once.
 
     Args:
         graph: the step.
         values: weights, constants and caches by name.
+        kernels: compiled kernels, or None.
         pack: whether linear weights may be repacked.
 
     Returns:
@@ -157,10 +162,11 @@ def _bind(
     for index, node in enumerate(graph.nodes):
         args = [argument(a, index) for a in node.args]
         kwargs = {k: argument(v, index) for k, v in node.kwargs.items()}
-        if pack and node.op == "aten.linear.default":
-            call = _call(PackedLinear(args[1], args[2] if len(args) > 2 else None), False, args[:1], {})
+        if node.op == "aten.linear.default":
+            linear = make_linear(args[1], args[2] if len(args) > 2 else None, kernels, pack=pack)
+            call = _call(linear, False, args[:1], {})
         else:
-            call = _call(*_implementation(node.op), args, kwargs)
+            call = _call(*_implementation(node.op, kernels), args, kwargs)
         calls.append((call, slots[node.name]))
     output = slots[graph.output.name]
     dead: dict[int, list[int]] = {}
@@ -179,12 +185,14 @@ def _varies(graph_input: Input) -> bool:
     return graph_input.kind == "step"
 
 
-def _implementation(op: str) -> tuple[Callable[..., Any], bool]:
+def _implementation(op: str, kernels: NativeKernels | None) -> tuple[Callable[..., Any], bool]:
     """The function for an operator, and whether it reads the step's plan."""
     if op == "getitem":
         return operator.getitem, False
     if op in OPS:
         record = OPS[op]
+        if kernels is not None and record.native is not None:
+            return partial(record.native, kernels), record.reads_plan
         return (record.reference, False) if record.cpu is None else (record.cpu, record.reads_plan)
     if op in _FAST:
         return _FAST[op], False
@@ -197,7 +205,6 @@ def _implementation(op: str) -> tuple[Callable[..., Any], bool]:
 
 # The same operators without the cost of resolving an overload at every call.
 _FAST: dict[str, Callable[..., Any]] = {
-    "aten.linear.default": torch.nn.functional.linear,
     "aten.add.Tensor": torch.add,
     "aten.view.default": torch.Tensor.view,
     "aten.index_select.default": torch.index_select,

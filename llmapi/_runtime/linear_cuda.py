@@ -121,7 +121,7 @@ class CudaLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, in]`` to ``[T, out]``, or half as many columns with a gate."""
         rows, (n, k) = x.shape[0], self._weight.shape
-        variant = self._choices.variant(rows, n, k, self._gate)
+        variant = self._choices.variant(rows, n, k, self._gate) if rows else None
         if variant is None:
             out = F.linear(x, self._weight, self._bias)
             return out if self._gate is None else gated_activation(self._choices.gpu, out, self._gate)

@@ -269,6 +269,8 @@ def load_engine(prepared: Prepared, *, progress: bool) -> Engine:
     tables = TensorFile(prepared.engine / CONSTANTS_FILE)
     graph = Graph.parse((prepared.engine / GRAPH_FILE).read_text(encoding="utf-8"))
     constants = {name: tables.read([name]) for name in tables.names()}
+    native = prepared.config.backend == "cpu" and prepared.config.dtype == "float32"
+    kernels = prepared.builder.cpu_kernels() if native else None
     with prepared.report.phase("load") as phase:
         weights = None if prepared.weights is None else TensorFile(prepared.weights / WEIGHTS_FILE)
         engine: Engine
@@ -281,7 +283,7 @@ def load_engine(prepared: Prepared, *, progress: bool) -> Engine:
 
             assert weights is not None
             with _progress.bar("load", 1, enabled=progress) as done:
-                engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config)
+                engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config, kernels)
                 done(1)
         phase.nbytes = 0 if weights is None else weights.nbytes
         phase.note = f"{engine.num_blocks} KV blocks of {prepared.config.block_size} tokens"

@@ -64,6 +64,8 @@ class Store:
             ``LLMAPI_CACHE_BYTES``, else a fifth of the disk, and at least 50 GB where the disk allows it.
     """
 
+    LOCAL_KIND = store_archive.LOCAL_KIND  # entries of it are never exported or imported
+
     def __init__(self, root: Path, *, budget_bytes: int | None = None) -> None:
         if budget_bytes is not None and budget_bytes < 0:
             raise CacheError(f"budget_bytes={budget_bytes}: give a number of bytes, 0 or more, or None for the default")
