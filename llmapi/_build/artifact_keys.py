@@ -49,7 +49,13 @@ def weights_key(spec: TransformerSpec, config: EngineConfig, origin: Mapping[str
             Part(
                 "converter",
                 _sources(
-                    "models", "_build/weights.py", "_build/tensor_file.py", "_build/checkpoint.py", "_build/gguf.py"
+                    "models",
+                    "_build/weights.py",
+                    "_build/tensor_file.py",
+                    "_build/file_span.py",
+                    "_build/checkpoint.py",
+                    "_build/gguf.py",
+                    "_build/gguf_tensors.py",
                 ),
             ),
         ]
