@@ -47,6 +47,7 @@ class Snapshot:
         revision: commit hash on the hub; None for a folder or a ``.gguf`` file.
         files: the files that llmapi reads, sorted by name.
         memory: where the digests of the files are remembered.
+        hub_calls: calls of the hub's client that may have used the network to find them.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Snapshot:
     revision: str | None
     files: tuple[SourceFile, ...]
     memory: DigestMemory = field(repr=False, compare=False)
+    hub_calls: int = field(default=0, repr=False, compare=False)
 
     def file(self, name: str) -> SourceFile | None:
         """The file called ``name``, or None."""
@@ -160,6 +162,7 @@ def resolve(
     _check_id(name)
     from llmapi import _hub
 
+    calls: list[str] = []
     folder, files = _hub.fetch(
         name,
         revision=revision,
@@ -168,8 +171,9 @@ def resolve(
         trust_remote_code=trust_remote_code,
         refresh=refresh,
         progress=progress,
+        calls=calls,
     )
-    return Snapshot(name, "hub", folder, folder.name, source_files(folder, files), digests)
+    return Snapshot(name, "hub", folder, folder.name, source_files(folder, files), digests, len(calls))
 
 
 def source_files(folder: Path, names: Collection[str]) -> tuple[SourceFile, ...]:
