@@ -14,7 +14,7 @@ class Phase:
     """One phase of a start.
 
     Attributes:
-        name: fetch, tokenizer, convert, export, build or load.
+        name: import, fetch, tokenizer, digest, convert, export, build or load.
         seconds: how long it took.
         nbytes: bytes read or written, where that is what it does.
         note: what happened, e.g. ``cache hit``.
