@@ -397,6 +397,11 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypat
         ("lustre", "rw,localflock", True),
         ("cifs", "rw,nobrl", True),
         ("fuse.sshfs", "rw", True),
+        ("fuse.gcsfuse", "rw", True),
+        ("fuse.s3fs", "rw", True),
+        ("gfs2", "rw,localflocks", True),
+        ("ceph", "rw", False),
+        ("tmpfs", "rw", False),
         ("ext4", "rw", False),
     ],
 )
