@@ -8,7 +8,8 @@ The checkpoint holds made-up bfloat16 values in safetensors shards with an index
 converts, in a fresh process, through the same calls as a start: the digests of the shards, then the phase "convert".
 Before either, the shards are dropped from the page cache, and what is written counts until it is on the disk (fsync).
 The binding rate is the one that keeps the disk busy the longest alone: bytes read over the read rate, or bytes written
-over the write rate. The target is at least 60 % of it.
+over the write rate. The target is at least 60 % of it. A disk need not reach both rates at once, so a plain copy that
+reads and writes at the same time is measured too.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -124,6 +127,40 @@ def disk_rates(folder: Path, size: int) -> dict[str, float]:
     return {"write": write, "read": read}
 
 
+def copy_rate(sources: list[Path], folder: Path) -> float:
+    """Bytes a second of a plain copy that reads and writes at the same time, until fsync: nothing is computed."""
+    forget(*sources)
+    file, size = folder / "copy-rate.bin", sum(s.stat().st_size for s in sources)
+    empty: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+    full: queue.SimpleQueue[tuple[bytearray, int]] = queue.SimpleQueue()
+    for _ in range(4):
+        empty.put(bytearray(_CHUNK))
+
+    def write() -> None:
+        with file.open("wb", buffering=0) as out:
+            left = size
+            while left:
+                buffer, count = full.get()
+                out.write(memoryview(buffer)[:count])
+                os.posix_fadvise(out.fileno(), out.tell() - count, count, os.POSIX_FADV_DONTNEED)  # begin with it
+                empty.put(buffer)
+                left -= count
+            os.fsync(out.fileno())
+
+    writer = threading.Thread(target=write)
+    start = time.perf_counter()
+    writer.start()
+    for source in sources:
+        with source.open("rb", buffering=0) as opened:
+            while count := opened.readinto(buffer := empty.get()):
+                full.put((buffer, count))
+            empty.put(buffer)
+    writer.join()
+    seconds = time.perf_counter() - start
+    file.unlink()
+    return size / seconds
+
+
 def convert(folder: str, cache: str, dtype: str) -> dict[str, Any]:
     """Convert in this process, as a start does: seconds and bytes of the phases, peak memory."""
     from llmapi._build.pipeline import Builder
@@ -182,6 +219,7 @@ def main() -> None:
         ratios = []
         for turn in range(options.turns):
             rates = disk_rates(place, options.disk_mb << 20 or size)
+            copied = copy_rate(shards, place)
             forget(*shards)
             command = [sys.executable, __file__, "--one", str(model), str(place / "cache"), options.dtype]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -196,6 +234,7 @@ def main() -> None:
                 f"turn {turn + 1}: disk writes {rates['write'] / 1e6:.0f} MB/s, reads {rates['read'] / 1e6:.0f} MB/s; "
                 f"digest {found['digest']:.2f} s; convert {seconds:.2f} s, {size / seconds / 1e6:.0f} MB/s in, "
                 f"{found['written'] / seconds / 1e6:.0f} MB/s out, {100 * ratios[-1]:.0f} % of the binding rate; "
+                f"{100 * found['written'] / seconds / copied:.0f} % of a plain copy ({copied / 1e6:.0f} MB/s); "
                 f"peak memory +{found['peak'] / 1e6:.0f} MB",
                 flush=True,
             )

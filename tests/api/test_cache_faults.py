@@ -244,6 +244,39 @@ def test_a_path_with_spaces_and_non_ascii(starts: Starts, expected: dict[str, An
     assert says(expected, again) and again["built"] == [] and garbage(root) == []
 
 
+def test_two_versions_of_the_code_share_one_root(
+    model: Path, built: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each finds its own entries, shares what is the same, and leaves the other's alone."""
+    root = tmp_path / "cache"
+    shutil.copytree(built, root)
+    place = Path(__file__).resolve().parents[2]
+    shutil.copytree(place / "llmapi", tmp_path / "llmapi", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "llmapi/_build/weights.py").open("a") as source:
+        source.write("\n# another version\n")
+    script = (
+        "import sys, json; sys.path[:0] = [sys.argv[2], sys.argv[4]]; from tests.api import start_worker;"
+        "import llmapi; assert llmapi.__file__.startswith(sys.argv[2]), llmapi.__file__;"
+        "print(json.dumps([start_worker.start(sys.argv[1], sys.argv[3]) for _ in range(2)]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(model), str(tmp_path), str(root), str(place)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout.splitlines()[-1])
+    assert says(expected, first) and first["built"] == ["weights"]  # the rest is the same in both
+    assert says(expected, second) and second["built"] == []
+    [miss] = [line for line in first["cache"] if line.startswith("miss")]
+    assert "converter" in miss
+    with LLM(model, cache_dir=root, progress=False) as llm:
+        assert llm.build_report.cached and said(llm) == expected["tokens"]
+    assert garbage(root) == []
+
+
 def test_eviction_under_a_budget_spares_what_others_run(
     model: Path, built: Path, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
