@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmapi import _env
-from llmapi._build.key import Key, Part, canonical, source_digest
+from llmapi._build.key import Key, Part, canonical, source_digest, schema_part
 from llmapi._build.names import CPU_KERNELS_FILE
 from llmapi._build.store import Staging, Store
 from llmapi._build.store.entry import Entry
@@ -40,6 +40,10 @@ _TIMEOUT = 300.0  # seconds
 
 _loaded: dict[str, NativeKernels] = {}  # by digest of the key: the same code twice in a process is of no use
 _lock = threading.Lock()
+
+
+KIND = "cpu-kernels"
+"""Kind of the artifact."""
 
 
 class NoKernels(Exception):
@@ -75,6 +79,7 @@ def kernels_key(version: str) -> Key:
     """
     return Key(
         [
+            schema_part(),
             Part("sources", source_digest(SOURCES)),
             Part("flags", canonical(FLAGS)),
             Part("compiler", version),
@@ -127,7 +132,7 @@ def obtain(store: Store) -> NativeKernels:
     with _lock:
         if key.digest not in _loaded:
             try:
-                with store.build(store.LOCAL_KIND, key, "CPU kernels", build) as entry:
+                with store.build(KIND, key, "CPU kernels", build) as entry:
                     _loaded[key.digest] = NativeKernels(checked(entry))
             except (LLMAPIError, OSError) as error:
                 raise NoKernels(str(error)) from error

@@ -242,11 +242,17 @@ def toolchain_parts() -> list[Part]:
     """The parts every artifact shares: the schema of keys and the torch build. Does not import torch.
 
     Left out on purpose: Python and the operating system (no artifact that these parts shape holds bytecode or native code
-    of ours for the host, and the compiled CPU kernels have a key of their own; the graph text, which they could only change by way of torch.export, is a part of its own), llmapi's own
-    version (the sources that shape an artifact are parts, so a release that changes none of them keeps its cache), and
-    NVRTC, CUDA's driver and TensorRT (the backends that use them add them).
+    of ours for the host, and the compiled CPU kernels have a key of their own; the graph text, which they could only
+    change by way of torch.export, is a part of its own), llmapi's own version (the sources that shape an artifact are
+    parts, so a release that changes none of them keeps its cache), and NVRTC, CUDA's driver and TensorRT (the backends
+    that use them add them).
     """
-    return [Part("key_schema", str(KEY_SCHEMA)), Part("torch", canonical(_torch_build()))]
+    return [schema_part(), Part("torch", canonical(_torch_build()))]
+
+
+def schema_part() -> Part:
+    """The part that every key begins with: the version of the keys' own meaning."""
+    return Part("key_schema", str(KEY_SCHEMA))
 
 
 def _torch_build() -> dict[str, Any]:

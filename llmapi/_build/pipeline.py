@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmapi import _progress
-from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, weights_key
+from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, tokenizer_origin, weights_key
 from llmapi._build.checkpoint import open_checkpoint
 from llmapi._build.key import Key
 from llmapi._build.names import CONSTANTS_FILE, GRAPH_FILE, WEIGHTS_FILE
@@ -109,6 +109,7 @@ class Builder:
                     values = dummy(recipe.dummy_seed)
                 with staging.open(WEIGHTS_FILE) as out:
                     write_weights(out, specs, values, done)
+            self.report.conversions += len(specs)
 
         key = weights_key(spec, recipe.config, origin)
         return self._obtain("convert", "weights", key, snapshot.model, build)
@@ -163,6 +164,7 @@ class Builder:
         def export(staging: Staging) -> None:
             from llmapi._build.export import export_graph
 
+            self.report.exports += 1
             with self._bar("export", 1) as done, staging.open(GRAPH_FILE) as out:
                 out.write(export_graph(spec).text.encode())
                 done(1)
@@ -171,14 +173,13 @@ class Builder:
         return folder / GRAPH_FILE, hashlib.sha256((folder / GRAPH_FILE).read_bytes()).hexdigest()
 
     def tokenizer(self, snapshot: Snapshot, convert: Callable[[Path], None]) -> Path:
-        """Folder with the tokenizer of a ``.gguf`` file, converted if the cache has none.
+        """Folder with what is kept of a model's tokenizer, made if the cache has none.
 
         Args:
-            snapshot: the file.
-            convert: writes the tokenizer's files into a folder.
+            snapshot: the model's files.
+            convert: writes the files to keep into a folder.
         """
-        (digest,) = snapshot.digests().values()
-        key = tokenizer_key(digest)
+        key = tokenizer_key(tokenizer_origin(snapshot))
         return self._obtain("tokenizer", "tokenizer", key, snapshot.model, lambda staging: convert(staging.path))
 
     def cubin(self, unit: Unit, arch: str) -> bytes:
@@ -245,13 +246,15 @@ class Builder:
             build(staging)
 
         with self.report.phase(phase_name) as phase:
-            before = len(self._store.snapshot().lines)
+            before = self._store.snapshot()
             entry = self._held.enter_context(self._store.build(kind, key, label, note))
             phase.note, phase.nbytes = ("built", entry.manifest.size) if built else ("cache hit", 0)
-        lines = self._store.snapshot().lines[before:]
+        after = self._store.snapshot()
+        lines = after.lines[len(before.lines) :]
         self.report.cache += lines
+        self.report.checked_bytes += after.hashed_bytes - before.hashed_bytes
         self.report.keys[kind] = key.digest
-        log.info("%s", lines[0] if lines else f"{kind}: {phase.note}")
+        log.debug("%s", lines[0] if lines else f"{kind}: {phase.note}")
         return entry.path
 
     def _bar(self, phase: str, total: int) -> AbstractContextManager[Callable[[int], None]]:

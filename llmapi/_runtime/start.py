@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from llmapi.config import EngineConfig, EngineOptions, resolve
 from llmapi.errors import CheckpointError, ConfigError, unknown_name
 from llmapi.models.family import family_of, spec_of
 from llmapi.models.spec import TransformerSpec
+
+log = logging.getLogger("llmapi")
 
 LOAD_FORMATS = ("auto", "dummy")
 TOKENIZER_MODES = ("auto", "slow")
@@ -105,6 +108,8 @@ def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
         engine: how it is to run.
     """
     report = BuildReport(str(options.model))
+    with report.phase("import"):
+        import torch  # noqa: F401  (the engine and every build need it; a second start finds it imported)
     root = _env.cache_dir() if options.cache_dir is None else full_path("cache_dir", options.cache_dir)
     store = Store(root)
     builder = Builder(store, report, progress=options.progress)
@@ -112,11 +117,15 @@ def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
     try:
         folder = saved_folder(options.model)
         if folder is not None:
-            return _from_saved(load_saved(folder), options, engine, builder, report, digests)
-        return _from_source(options, engine, builder, report, digests)
+            prepared = _from_saved(load_saved(folder), options, engine, builder, report, digests)
+        else:
+            prepared = _from_source(options, engine, builder, report, digests)
     except BaseException:
         builder.close()
         raise
+    report.hashed_bytes = digests.hashed_bytes
+    log.info("%s", report.line)
+    return prepared
 
 
 def full_path(what: str, path: str | os.PathLike[str]) -> Path:
@@ -152,12 +161,12 @@ def _from_source(
 ) -> Prepared:
     with report.phase("fetch"):
         snapshot, config_json, recipe = find_recipe(options, engine, digests)
+        report.hub_calls += snapshot.hub_calls
     spec, config = recipe.spec, recipe.config
     tokenizer = find_tokenizer(options, snapshot, builder, digests)
     makes_weights = config.backend == "cuda" and recipe.dummy_seed is not None  # on the GPU, in no time
     weights = None if makes_weights else builder.weights(recipe)
     compiled = builder.engine(recipe, snapshot.model)
-    report.hashed_bytes = digests.hashed_bytes
     stops = _stop_token_ids(snapshot, config_json, tokenizer)
     return Prepared(
         spec, config, tokenizer, stops, weights, compiled, builder, report, snapshot.model,

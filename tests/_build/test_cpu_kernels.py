@@ -20,7 +20,7 @@ from llmapi._kernels.native import NativeKernels
 from llmapi.errors import BuildError, CacheError
 from tests.tiny import tiny_checkpoint
 
-KIND = Store.LOCAL_KIND
+KIND = cpu_kernels.KIND
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_the_key_names_what_shapes_the_code(monkeypatch: pytest.MonkeyPatch, tmp
     keys.add(kernels_key("g++ 1").digest)
     assert len(keys) == 6
     assert kernels_key("g++ 1").digest != base.digest
-    assert [p.name for p in base.parts] == ["sources", "flags", "compiler", "machine", "processor"]
+    assert [p.name for p in base.parts] == ["key_schema", "sources", "flags", "compiler", "machine", "processor"]
 
 
 def test_without_a_compiler_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,19 +167,22 @@ def test_a_cache_that_cannot_be_written_gives_none(tmp_path: Path, fresh: None) 
         obtain(Store(tmp_path / "file" / "cache"))
 
 
-def test_machine_code_is_neither_exported_nor_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", Store.LOCAL_KINDS)
+def test_machine_code_is_neither_exported_nor_imported(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def build(staging: Staging) -> None:
         staging.write(CPU_KERNELS_FILE, b"code")
 
     store = Store(tmp_path / "a")
     key = Key([Part("sources", "1")])
-    store.build(KIND, key, "CPU kernels", build).close()
+    store.build(kind, key, "kernels", build).close()
     archive = tmp_path / "a.tar"
     with pytest.raises(CacheError, match="is not exported"):
         store.export([key.digest], archive)
     assert not archive.exists()
     with monkeypatch.context() as patch:  # an archive that somebody else made
-        patch.setattr("llmapi._build.store.archive.LOCAL_KIND", "none")
+        patch.setattr("llmapi._build.store.archive.LOCAL_KINDS", ())
         store.export([key.digest], archive)
     other = Store(tmp_path / "b")
     with pytest.raises(CacheError, match="machine code"):

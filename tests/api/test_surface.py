@@ -171,7 +171,7 @@ def test_the_watch_sees_what_it_should() -> None:
 LAYERS = (
     {"errors"},
     {"config", "sampling", "outputs"},
-    {"_env", "_progress", "_files", "_digests", "_source", "_hub", "_tokenizer", "_detokenizer"},
+    {"_env", "_progress", "_files", "_digests", "_source", "_hub", "_tokenizer", "_frozen_tokenizer", "_detokenizer"},
     {"models"},
     {"_kernels"},
     {"_build"},

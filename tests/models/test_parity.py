@@ -63,6 +63,9 @@ class Memory:
     def read(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
+    def span(self, name: str) -> None:
+        return None  # in no file
+
 
 def state_of(model: Any) -> dict[str, torch.Tensor]:
     state = dict(model.state_dict())

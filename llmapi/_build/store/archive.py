@@ -22,9 +22,9 @@ from llmapi._build.store.entry import Entry
 from llmapi._build.store.manifest import MAX_BYTES, Manifest, seal, unseal
 from llmapi.errors import CacheError
 
-LOCAL_KIND = "cpu-kernels"
-"""Entries of this kind hold code for the processor that compiled it. No archive carries them: what comes from elsewhere is
-never executed."""
+LOCAL_KINDS = ("cpu-kernels", "kernel")
+"""Entries of these kinds hold machine code, for a processor or a GPU. No archive carries them: what comes from elsewhere
+is never executed."""
 
 _FORMAT = 1
 _INDEX = "llmapi-cache.json"
@@ -41,7 +41,7 @@ def write_archive(archive: Path, entries: Iterable[Entry]) -> int:
     entries = list(entries)
     if not 0 < len(entries) <= _MAX_ENTRIES:
         raise CacheError(f"{len(entries)} entries: an archive holds 1 to {_MAX_ENTRIES}")
-    local = [e for e in entries if e.kind == LOCAL_KIND]
+    local = [e for e in entries if e.kind in LOCAL_KINDS]
     if local:
         raise CacheError(
             f"{local[0]} holds code compiled for this machine, which is not exported: leave it out; the other machine "
@@ -140,7 +140,7 @@ def read_archive(
                 raise reader.refuse(f"manifest {i}: {error}") from None
             if (manifest.kind, manifest.digest) != (kind, digest):
                 raise reader.refuse(f"manifest {i} is that of another entry")
-            if kind == LOCAL_KIND:
+            if kind in LOCAL_KINDS:
                 raise reader.refuse(f"entry {i} holds machine code ({kind}), which is only taken from this machine")
             if accept is not None and (reason := accept(manifest)):
                 raise CacheError(
