@@ -119,6 +119,18 @@ class SkinnyLinear:
             return None
         return Layout.of(variant, rows, n, k, sms=self._gpu.sms, shared_memory=self._gpu.shared_memory)
 
+    def unit(self, rows: int, n: int, k: int, gate: str | None, variant: int) -> Unit:
+        """What a call will need compiled.
+
+        Args:
+            rows, n, k: see :meth:`supports`.
+            gate: as of the call.
+            variant: one of :meth:`variants`.
+        """
+        layout = self.layout(Variant.of(variant), rows, n, k)
+        assert layout is not None, "not a variant of this shape"
+        return layout.unit(_NAMES[self._dtype], GATES[gate])
+
     def __call__(
         self,
         out: torch.Tensor,
