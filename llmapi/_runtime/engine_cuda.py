@@ -11,7 +11,7 @@ import torch
 
 from llmapi._build.graph import Graph
 from llmapi._kernels.gpu import Gpu
-from llmapi._kernels.nvrtc import Unit
+from llmapi._kernels.step_cuda import copy_blocks, resolve_ids
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.bind_cuda import Binder, CudaPlan
 from llmapi._runtime.engine import Engine, num_kv_blocks
@@ -122,15 +122,11 @@ class CudaEngine(Engine):
         return logits
 
     def _resolve_ids(self, arrays: Mapping[str, torch.Tensor], sampled: torch.Tensor | None) -> None:
-        ids = arrays["input_ids"]
-        kernel = self._gpu.kernel(Unit.of("step.cu"), "resolve_ids", "pppi")
-        kernel((-(-len(ids) // 256), 1, 1), 256, arrays["source_ids"], sampled, ids, len(ids))
+        resolve_ids(self._gpu, arrays["source_ids"], sampled, arrays["input_ids"])
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         pairs = torch.tensor(copies, dtype=torch.int32).pin_memory().to(self._gpu.device, non_blocking=True)
-        kernel = self._gpu.kernel(Unit.of("step.cu"), "copy_blocks", "ppl")
-        grid = (len(copies), len(self._caches), 1)
-        kernel(grid, 256, self._cache_pointers, pairs, self._block_bytes)
+        copy_blocks(self._gpu, self._cache_pointers, pairs, self._block_bytes)
 
     def _measure_peak(self) -> int:
         """Bytes that the largest step takes beyond what is allocated now."""

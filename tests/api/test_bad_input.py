@@ -257,7 +257,7 @@ def test_a_failed_start_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeyp
 
     before = threading.active_count()
     with monkeypatch.context() as patch:
-        patch.setattr(engine_cpu, "_bind", fails)  # the last thing a start does
+        patch.setattr(engine_cpu.Program, "bind", fails)  # the last thing a start does
         with pytest.raises(KeyboardInterrupt):
             start(checkpoint, tmp_path)
     assert threading.active_count() == before
