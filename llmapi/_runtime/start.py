@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmapi import _env, _progress
 from llmapi._build.checkpoint import read_config
@@ -17,7 +17,6 @@ from llmapi._build.report import BuildReport
 from llmapi._build.saved import SavedEngine, is_saved, load_saved
 from llmapi._build.store import Store
 from llmapi._digests import DigestMemory
-from llmapi._runtime.engine import Engine
 from llmapi._runtime.find_tokenizer import find_tokenizer
 from llmapi._runtime.fit import check_config_file, check_fits
 from llmapi._source import Snapshot
@@ -27,6 +26,9 @@ from llmapi.config import EngineConfig, EngineOptions, resolve
 from llmapi.errors import CheckpointError, ConfigError, unknown_name
 from llmapi.models.family import family_of, spec_of
 from llmapi.models.spec import TransformerSpec
+
+if TYPE_CHECKING:
+    from llmapi._runtime.engine import Engine
 
 log = logging.getLogger("llmapi")
 
