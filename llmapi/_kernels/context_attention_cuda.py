@@ -178,8 +178,7 @@ class ContextAttention:
         self._queue = torch.zeros(
             (_QUEUE_BYTES + _ENTRY_BYTES * self._capacity) // 4, dtype=torch.int32, device=gpu.device
         )
-        properties: Any = torch.cuda.get_device_properties(gpu.device)
-        self._cache_bytes = int(properties.L2_cache_size) // _L2_SHARE
+        self._cache_bytes = gpu.l2_bytes // _L2_SHARE
         self._plan_shared = 8 * max_batch_size
         self._plan = gpu.kernel(_PLAN, "context_plan", "ppppiiiiiiii", shared=self._plan_shared, overlap=True)
         self._kernels: dict[tuple[bool, bool], Kernel] = {}

@@ -95,6 +95,7 @@ class Gpu:
         name, arch: such as ``"NVIDIA H200"`` and ``"sm_90a"``.
         sms: multiprocessors.
         shared_memory: bytes of shared memory that one block may have.
+        l2_bytes: bytes of the L2 cache.
         capability: such as ``(9, 0)``.
         overlap: whether programmatic dependent launch is supported (compute capability 9.0 and newer).
     """
@@ -107,6 +108,7 @@ class Gpu:
         self.arch = architecture(*self.capability)
         self.sms: int = properties.multi_processor_count
         self.shared_memory: int = properties.shared_memory_per_block_optin
+        self.l2_bytes: int = properties.L2_cache_size
         self.overlap = self.capability >= (9, 0)
         self._cubins = cubins
         self._ready: dict[Unit, bytes] = {}
@@ -131,6 +133,10 @@ class Gpu:
         if found is None:
             found = self._kernels[unit, entry] = self._load(unit, entry, signature, shared, overlap and self.overlap)
         return found
+
+    def event(self) -> torch.cuda.Event:
+        """A new event, to wait for what is on the stream."""
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def prefetch(self, units: Iterable[Unit]) -> None:
         """Get the machine code of units ahead of their first use, several at a time: NVRTC compiles on one core each.

@@ -100,7 +100,7 @@ class CudaSampler(Sampler):
         logits_dtype: torch.dtype,
     ) -> None:
         super().__init__(vocab_size, tokenizer)
-        self._device = gpu.device
+        self._gpu, self._device = gpu, gpu.device
         self._kernels = SampleKernels(gpu, vocab_size=vocab_size, max_rows=max_rows, logits_dtype=logits_dtype)
         self._counts = TokenCounts(vocab_size, gpu.device)
         self._scratch: Tensor | None = None  # [rows, V] float32: edited logits
@@ -144,7 +144,7 @@ class CudaSampler(Sampler):
         table, edits = self._pack(rows)
         n = len(rows)
         ids = torch.empty(2, n, dtype=torch.int32, device=self._device)  # ids, then reasons of failure
-        staging = torch.empty(table.nbytes + edits.nbytes, dtype=torch.uint8, pin_memory=True)
+        staging = torch.empty(table.nbytes + edits.nbytes, dtype=torch.uint8, pin_memory=ids.is_cuda)
         packed = staging.numpy()
         packed[: table.nbytes] = table.view(np.uint8)
         packed[table.nbytes :] = edits.view(np.uint8)
@@ -286,7 +286,7 @@ class PendingTokens:
         self._positions = positions
         self.ids = ids
         self.ready: dict[int, Sampled] = {}
-        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived = sampler._gpu.event()
         self._copies: list[Tensor] = []
         self._host = torch.empty(0, dtype=torch.int32)
 
@@ -343,4 +343,4 @@ class PendingTokens:
 
 
 def _to_host(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)

@@ -86,7 +86,8 @@ class TokenCounts:
     def _fill(self, slot: int, sequence: Sequence, last_ids: Tensor | None) -> None:
         """Count a sequence anew."""
         row = self._table[slot].zero_()
-        ids = torch.tensor(sequence.token_ids, dtype=torch.int64, pin_memory=True).to(self._device, non_blocking=True)
+        ids = torch.tensor(sequence.token_ids, dtype=torch.int64, pin_memory=row.is_cuda)
+        ids = ids.to(self._device, non_blocking=True)
         if sequence.token_ids[-1] < 0 and last_ids is not None:
             ids[-1] = last_ids[~sequence.token_ids[-1]]
         known = (ids >= 0) & (ids < self._vocab)

@@ -52,19 +52,20 @@ class Step:
     """Rows and sequences of no meaning at the end, as a graph's batch has."""
     idle_rows: int = 0
     """More rows of no meaning."""
+    device: str = "cuda"
 
     def __post_init__(self) -> None:
-        generator = torch.Generator(device="cuda").manual_seed(self.seed)
+        generator = torch.Generator(device=self.device).manual_seed(self.seed)
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator, device="cuda").to(self.dtype)
+            return torch.randn(*shape, generator=generator, device=self.device).to(self.dtype)
 
         needed = [-(-length // self.block_size) for _, length in self.lengths]
         blocks = sum(needed) + 2
-        order = torch.randperm(blocks, generator=generator, device="cuda").to(torch.int32)
+        order = torch.randperm(blocks, generator=generator, device=self.device).to(torch.int32)
         batch = len(self.lengths) + self.padding
         # Table entries past a sequence's end lead to a block of NaN, and so do the rest of its last block's tokens.
-        self.tables = torch.full((batch, max(needed) + 5), int(order[-1]), dtype=torch.int32, device="cuda")
+        self.tables = torch.full((batch, max(needed) + 5), int(order[-1]), dtype=torch.int32, device=self.device)
         row = 3 * self.kv_heads * self.head_dim
         self.k, self.v = (normal(blocks, self.block_size, self.kv_heads, self.head_dim) for _ in range(2))
         self.k[int(order[-1])], self.v[int(order[-1])] = float("nan"), float("nan")
@@ -80,13 +81,13 @@ class Step:
         for new, _ in self.lengths:
             starts.append(starts[-1] + new)
         self.rows, self.first = starts[-1], starts[self.decoding]
-        self.starts = torch.tensor(starts + [starts[-1]] * self.padding, dtype=torch.int32, device="cuda")
-        self.totals = torch.tensor([n for _, n in self.lengths] + [0] * self.padding, dtype=torch.int32, device="cuda")
-        self.counts = torch.tensor([self.decoding, len(self.lengths)], dtype=torch.int32, device="cuda")
+        self.starts = torch.tensor(starts + [starts[-1]] * self.padding, dtype=torch.int32, device=self.device)
+        self.totals = torch.tensor([n for _, n in self.lengths] + [0] * self.padding, dtype=torch.int32, device=self.device)
+        self.counts = torch.tensor([self.decoding, len(self.lengths)], dtype=torch.int32, device=self.device)
         packed = normal(self.rows + self.padding + self.idle_rows, self.heads * self.head_dim + row)
         self.q = packed[:, : self.heads * self.head_dim].view(-1, self.heads, self.head_dim)
-        self.slopes = torch.rand(self.heads, generator=generator, device="cuda")
-        self.sink_logits = torch.randn(self.heads, generator=generator, device="cuda")
+        self.slopes = torch.rand(self.heads, generator=generator, device=self.device)
+        self.sink_logits = torch.randn(self.heads, generator=generator, device=self.device)
 
     def attention(self, gpu: Gpu, portable: bool) -> ContextAttention:
         return ContextAttention(
@@ -108,7 +109,7 @@ class Step:
         return [scale, window, softcap, self.slopes if alibi else None, self.sink_logits if sinks else None]
 
     def run(self, attention: ContextAttention, options: list[Any], planned: bool = False) -> torch.Tensor:
-        out = torch.full(self.q.shape, float("nan"), dtype=self.dtype, device="cuda")
+        out = torch.full(self.q.shape, float("nan"), dtype=self.dtype, device=self.device)
         names = ("scale", "window", "softcap", "alibi_slopes", "sinks")
         step = (self.tables, self.totals, self.starts, self.counts)
         attention(out, self.q, self.k, self.v, *step, **dict(zip(names, options, strict=True)), planned=planned)

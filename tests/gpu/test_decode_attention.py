@@ -80,28 +80,36 @@ class Case:
     """Random inputs. What must not be read is NaN: block 0, padding of tables, and slots behind each sequence's end."""
 
     def __init__(
-        self, seed: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int, lengths: Any
+        self,
+        seed: int,
+        dtype: torch.dtype,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        lengths: Any,
+        device: str = "cuda",
     ) -> None:
-        g = torch.Generator("cuda").manual_seed(seed)
+        g = torch.Generator(device).manual_seed(seed)
         rows = len(lengths)
         needed = [-(-n // block_size) for n in lengths]
-        order = (torch.randperm(sum(needed), generator=g, device="cuda") + 1).int()
+        order = (torch.randperm(sum(needed), generator=g, device=device) + 1).int()
         size = (sum(needed) + 1, block_size, kv_heads, head_dim)
-        self.k = torch.randn(size, generator=g, device="cuda").to(dtype)
-        self.v = torch.randn(size, generator=g, device="cuda").to(dtype)
-        self.tables = torch.zeros(rows, max(needed) + 3, dtype=torch.int32, device="cuda")
+        self.k = torch.randn(size, generator=g, device=device).to(dtype)
+        self.v = torch.randn(size, generator=g, device=device).to(dtype)
+        self.tables = torch.zeros(rows, max(needed) + 3, dtype=torch.int32, device=device)
         self.k[0] = self.v[0] = float("nan")
         for i, ids in enumerate(torch.split(order, needed)):
             self.tables[i, : len(ids)] = ids
             if lengths[i] % block_size:
                 self.k[ids[-1].long(), lengths[i] % block_size :] = float("nan")
                 self.v[ids[-1].long(), lengths[i] % block_size :] = float("nan")
-        self.lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-        packed = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, generator=g, device="cuda").to(dtype)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        packed = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, generator=g, device=device).to(dtype)
         self.q = packed[:, : heads * head_dim].view(rows, heads, head_dim)
         self.scale = head_dim**-0.5 * 1.3
-        self.slopes = torch.rand(heads, generator=g, device="cuda") * 0.2
-        self.sinks = torch.randn(heads, generator=g, device="cuda")
+        self.slopes = torch.rand(heads, generator=g, device=device) * 0.2
+        self.sinks = torch.randn(heads, generator=g, device=device)
 
     def expected(self, window: int, softcap: float, slopes: Any, sinks: Any) -> torch.Tensor:
         live = (self.lengths > 0).int()
@@ -172,14 +180,14 @@ def test_only_decoding_rows_are_written(gpu: Gpu) -> None:
     expected = case.expected(0, 0.0, None, None)
     for decoding in range(6):
         out = torch.full_like(case.q, float("nan"))
-        counts = torch.tensor([decoding, 9], dtype=torch.int32, device="cuda")
+        counts = torch.tensor([decoding, 9], dtype=torch.int32, device=case.q.device)
         call(out, *args, None, counts=counts)
         if decoding:
             error = relative_error(out[:decoding], expected[:decoding])
             assert error <= PAGED_ATTENTION.tolerance[out.dtype], f"{error} seed {seed}"
         assert out[decoding:].isnan().all(), f"seed {seed}"
     # Rows 0, 1, 4 and 5 of 6: sequence 2 has rows 2 and 3.
-    start = torch.tensor([0, 1, 2, 4, 5, 6], dtype=torch.int32, device="cuda")
+    start = torch.tensor([0, 1, 2, 4, 5, 6], dtype=torch.int32, device=case.q.device)
     q = torch.cat((case.q[:3], case.q[2:]))
     out = torch.full_like(q, float("nan"))
     call(out, q, *args[1:], start)

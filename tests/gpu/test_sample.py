@@ -97,11 +97,11 @@ def random_rows(n: int, vocab: int, rng: random.Random, *, edits: bool) -> list[
     return out
 
 
-def noise(n: int, vocab: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows from nearly flat to steep, on the GPU."""
-    g = torch.Generator("cuda").manual_seed(seed)
-    scale = torch.rand(n, 1, generator=g, device="cuda") * 7.5 + 0.5
-    return (torch.randn(n, vocab, generator=g, device="cuda") * scale).to(dtype)
+def noise(n: int, vocab: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Rows from nearly flat to steep."""
+    g = torch.Generator(device).manual_seed(seed)
+    scale = torch.rand(n, 1, generator=g, device=device) * 7.5 + 0.5
+    return (torch.randn(n, vocab, generator=g, device=device) * scale).to(dtype)
 
 
 def within_rounding(x: torch.Tensor, r: SampleRow, tokens: list[int]) -> bool:
@@ -181,7 +181,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 )
 def test_tokens_are_the_cpu_samplers(gpu: Gpu, vocab: int, n: int, dtype: torch.dtype, edits: bool, seed: int) -> None:
     rng = random.Random(seed)
-    x = noise(n, vocab, seed, dtype)
+    x = noise(n, vocab, seed, dtype, gpu.device)
     before = x.clone()
     rows = random_rows(n, vocab, rng, edits=edits)
     expected = Sampler(vocab, Words())(x.cpu(), rows)
@@ -193,14 +193,14 @@ def test_tokens_are_the_cpu_samplers(gpu: Gpu, vocab: int, n: int, dtype: torch.
 
 @pytest.mark.parametrize("vocab", [32_000, 128_256])
 def test_a_row_gives_the_same_token_in_any_batch(gpu: Gpu, vocab: int, seed: int) -> None:
-    x = noise(300, vocab, seed, torch.float32) * 0.2
+    x = noise(300, vocab, seed, torch.float32, gpu.device) * 0.2
     rows = random_rows(300, vocab, random.Random(seed), edits=True)
     tokens = [s.token_ids for s in make(gpu, vocab, torch.float32)(x, rows)]
     for step in (1, 7, 100, 150):  # batches that are split over 8, 4, 2 blocks and 1
         part = make(gpu, vocab, torch.float32)
         for start in range(0, min(300, 20 * step), step):
             order = list(range(start, min(start + step, 300)))[::-1]
-            at = torch.tensor(order, device="cuda")
+            at = torch.tensor(order, device=gpu.device)
             again = part(x[at], [rows[i] for i in order])
             assert [s.token_ids for s in again] == [tokens[i] for i in order], f"seed {seed}, {step} rows"
 
@@ -213,11 +213,11 @@ def test_ties(gpu: Gpu, n: int, dtype: torch.dtype, seed: int) -> None:
     The oracle is float64: the CPU sampler's float32 sum over tens of thousands of equal numbers errs by whole tokens.
     """
     vocab, rng = 40_000, random.Random(seed)
-    x = torch.zeros(n, vocab, dtype=dtype, device="cuda")
-    levels = torch.tensor([0.0, -0.0, 1.0, 1.001, 1.002, -2.0, 1e-30, -1e-30, -torch.inf], device="cuda")
+    x = torch.zeros(n, vocab, dtype=dtype, device=gpu.device)
+    levels = torch.tensor([0.0, -0.0, 1.0, 1.001, 1.002, -2.0, 1e-30, -1e-30, -torch.inf], device=gpu.device)
     for i in range(n):
         some = levels[: rng.randrange(1, 10)]
-        x[i] = some[torch.randint(len(some), (vocab,), device="cuda")].to(dtype)
+        x[i] = some[torch.randint(len(some), (vocab,), device=gpu.device)].to(dtype)
     rows = [
         row(
             seed=rng.randrange(1 << 64),
@@ -257,7 +257,7 @@ def test_failures_and_infinities(gpu: Gpu) -> None:
     for split in (len(rows), 1):
         sampler = make(gpu, vocab, torch.float32)
         for start in range(0, len(rows), split):
-            got = sampler(x[start : start + split].cuda(), rows[start : start + split])
+            got = sampler(x[start : start + split].to(gpu.device), rows[start : start + split])
             for e, a, r in zip(expected[start:], got, rows[start:], strict=False):
                 assert (a.token_ids, str(a.error)) == (e.token_ids, str(e.error)), r.sequence.request
 
@@ -267,7 +267,7 @@ def test_failures_and_infinities(gpu: Gpu) -> None:
 @pytest.mark.parametrize("vocab", [9, 5003, 128_256])
 def test_logprobs(gpu: Gpu, vocab: int, dtype: torch.dtype, n: int, seed: int) -> None:
     rng = random.Random(seed)
-    x = noise(n, vocab, seed, dtype)
+    x = noise(n, vocab, seed, dtype, gpu.device)
     x[:, ::7] = -torch.inf
     if n > 2:
         x[1] = 0.0
@@ -316,7 +316,7 @@ def test_penalties_follow_the_output(gpu: Gpu, seed: int) -> None:
     pending = None
     for step in range(40):
         x = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(seed + step)) * 2
-        handle = sampler.start(x.cuda(), rows)
+        handle = sampler.start(x.to(gpu.device), rows)
         assert all(sampler.overlaps(r) for r in rows)
         if pending is not None:  # the step before lands only now: its references become tokens
             results, started, logits = pending
@@ -343,7 +343,7 @@ def test_penalties_follow_the_output(gpu: Gpu, seed: int) -> None:
 
 def test_rows_that_need_the_host(gpu: Gpu, seed: int) -> None:
     vocab = 3000
-    x = noise(6, vocab, seed, torch.bfloat16)
+    x = noise(6, vocab, seed, torch.bfloat16, gpu.device)
     down = lambda ids, logits: logits * 0.5  # noqa: E731
     rows = [
         row(seed=1, logits_processors=[down]), row(seed=2), row(seed=3, count=3, n=3), row(seed=4, return_logits=True),
@@ -373,7 +373,7 @@ def test_a_captured_launch_reads_new_settings_and_skips_unused_rows(gpu: Gpu, se
     with torch.cuda.graph(graph):
         kernels(x, settings, ids)
     for step in range(3):
-        x.copy_(noise(n, vocab, seed + step, torch.bfloat16))
+        x.copy_(noise(n, vocab, seed + step, torch.bfloat16, gpu.device))
         rows = [row([0] * step, seed=i, temperature=0.9, top_k=30, top_p=0.8) for i in range(n)]
         table["used"], table["temperature"], table["top_k"], table["top_p"] = 1, 0.9, 30, int(0.8 * 2**53)
         table["seed"], table["counter"], table["range"] = np.arange(n), step, nucleus_range(0.8, vocab)

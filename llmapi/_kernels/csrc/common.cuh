@@ -31,6 +31,8 @@ typedef __nv_bfloat16 scalar_t;
 #define DEVICE __device__ __forceinline__
 #define CEIL_DIV(a, b) (((a) + (b) - 1) / (b))
 
+#include "ptx.cuh"
+
 // ---- conversions
 
 DEVICE float to_float(float x) { return x; }
@@ -97,12 +99,12 @@ DEVICE float block_sum(float x, float* scratch) {
 
 DEVICE void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  ptx::griddepcontrol_wait();
 #endif
 }
 DEVICE void pdl_launch() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  ptx::griddepcontrol_launch_dependents();
 #endif
 }
 
@@ -113,55 +115,37 @@ DEVICE uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_ge
 // Zeros instead of the source where `valid` is false.
 DEVICE void cp_async16(void* to, const void* from, bool valid = true) {
 #if __CUDA_ARCH__ >= 800
-  int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));
+  ptx::cp_async16(shared_address(to), from, valid ? 16 : 0);
 #else
   *reinterpret_cast<uint4*>(to) = valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 #endif
 }
 DEVICE void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;");
+  ptx::cp_async_commit_group();
 #endif
 }
 template <int PENDING> DEVICE void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
+  ptx::cp_async_wait_group<PENDING>();
 #endif
 }
 
 // ---- warp matrix instructions: 16x8 += 16x16 * 16x8, float32 accumulators
 
-DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row)));
-}
-DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row)));
-}
+DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ptx::ldmatrix_x4(r, shared_address(row)); }
+DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { ptx::ldmatrix_x4_trans(r, shared_address(row)); }
 
 DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  ptx::mma_m16n8k16_f16(c, a, b0, b1);
 #else
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(b0));
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[2]), "r"(a[3]), "r"(b1));
+  ptx::mma_m16n8k8_f16(c, a[0], a[1], b0);
+  ptx::mma_m16n8k8_f16(c, a[2], a[3], b1);
 #endif
 }
 #if __CUDA_ARCH__ >= 800
 DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  ptx::mma_m16n8k16_bf16(c, a, b0, b1);
 }
 #endif

@@ -74,11 +74,7 @@ DEVICE void leave_queue(Queue* queue) {
 constexpr float LOG2E = 1.4426950408889634f;
 #define NEGATIVE_INFINITY (-__int_as_float(0x7f800000))
 
-DEVICE float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+DEVICE float fast_exp2(float x) { return ptx::ex2(x); }
 
 // softcap * tanh(x / softcap), exact to float32's rounding for what a softmax needs.
 DEVICE float soft_capped(float x, float softcap) {

@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
   Work work = {seq_lens, query_start, batch, window, 1, false};
   if (batch > 32) {  // one round trip brings the lengths near
     int touched = seq_lens[(int)((int64_t)lane * batch / 32)];
-    asm volatile("" ::"r"(touched));
+    ptx::used(touched);
   }
   if (counts) work.count = min(batch, counts[0]);
   int rounds = CEIL_DIV(batch, 1024), blocks = gridDim.x, longest, live;

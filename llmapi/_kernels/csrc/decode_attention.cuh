@@ -42,9 +42,6 @@
 #define PITCH ((CHUNKS | 1) * 16)                       // odd, so that 8 rows lie in different banks
 #define STAGE_BYTES (2 * TILE * PITCH)
 #define TOKEN_BYTES (KV_HEADS * CHUNKS * 16)
-#ifndef CACHE_HINT
-#define CACHE_HINT ".L2::128B"  // fetch whole lines into the L2
-#endif
 #define LOG2E 1.4426950408889634f
 #define NO_LOGIT __int_as_float(0xff800000)  // minus infinity
 
@@ -174,11 +171,7 @@ DEVICE bool next(const Work& work, int stop, Piece& piece) {
   return true;
 }
 
-DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+DEVICE float exp2_fast(float x) { return ptx::ex2(x); }
 
 // limit * tanh(x / limit)
 DEVICE float cap(float x, float limit) {
@@ -191,7 +184,7 @@ DEVICE void group_sync(int across) {
   } else if (ALONG == WARPS) {
     __syncthreads();
   } else {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + across), "n"(ALONG * 32) : "memory");
+    ptx::bar_sync<ALONG * 32>(1 + across);
   }
 }
 
@@ -308,12 +301,6 @@ DEVICE void write_rows(const State& state, const float (&factor)[SLOTS], int row
 #else
 DEVICE int row_of(int slot) { return slot / 2 * 8 + (threadIdx.x & 3) * 2 + (slot & 1); }
 
-DEVICE uint32_t transpose8(uint32_t pair) {
-  uint32_t turned;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
-  return turned;
-}
-
 struct Queries {
   uint32_t part[NTILES][DTILES][2];
 };
@@ -402,8 +389,8 @@ DEVICE void attend(State& state, const Queries& queries, const char* keys, const
         state.out[(n * DTILES + d) * 4 + h + 2] *= keep;
       }
     }
-    weight[n][0] = transpose8(pack2(scalar_t(), x[0], x[1]));
-    weight[n][1] = transpose8(pack2(scalar_t(), x[2], x[3]));
+    weight[n][0] = ptx::movmatrix_trans(pack2(scalar_t(), x[0], x[1]));
+    weight[n][1] = ptx::movmatrix_trans(pack2(scalar_t(), x[2], x[3]));
   }
 #pragma unroll
   for (int start = 0; start < DTILES; start += FETCH) {
@@ -452,15 +439,14 @@ DEVICE void write_rows(const State& state, const float (&factor)[SLOTS], int row
 // 16 bytes from global to shared memory; zeros where not valid.
 DEVICE void fetch16(uint32_t to, const char* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
+  ptx::cp_async16(to, from, valid ? 16 : 0);
 #else
-  uint4 x = valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+  ptx::st_shared16(to, valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0));
 #endif
 }
 DEVICE void fetch16(uint32_t to, const char* from) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global" CACHE_HINT " [%0], [%1], 16;" ::"r"(to), "l"(from));
+  ptx::cp_async16_line(to, from);
 #else
   fetch16(to, from, true);
 #endif

@@ -87,16 +87,14 @@ struct Shared {
 
 DEVICE int team_rank() {
 #if SPLIT > 1
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
+  return ptx::cluster_ctarank();
 #else
   return 0;
 #endif
 }
 DEVICE void team_sync() {
 #if SPLIT > 1
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  ptx::barrier_cluster();
 #else
   __syncthreads();
 #endif
@@ -104,9 +102,7 @@ DEVICE void team_sync() {
 // The same place in the shared memory of another block of the team.
 template <typename T> DEVICE const T& peer(const T& here, int rank) {
 #if SPLIT > 1
-  const T* there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(&here), "r"(rank));
-  return *there;
+  return *ptx::mapa(&here, rank);
 #else
   return here;
 #endif
@@ -129,9 +125,7 @@ DEVICE uint64_t warp_scan(uint64_t x, int lane) {  // inclusive
 }
 DEVICE float max_nan(float a, float b) {  // NaN wins
 #if __CUDA_ARCH__ >= 800
-  float out;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
-  return out;
+  return ptx::max_nan(a, b);
 #else
   return a != a || b != b ? NAN_F : fmaxf(a, b);
 #endif

@@ -1,0 +1,153 @@
+"""Kernels on an emulated GPU against their references: what the tests run, and what must fail for a wrong kernel."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from llmapi._kernels import OPS, Op, relative_error
+from llmapi._kernels.decode_attention_cuda import Form
+from llmapi._kernels.nvrtc import Unit
+from llmapi._kernels.paged_attention import PAGED_ATTENTION
+from llmapi._runtime.sampler import Sampler
+from tests.emulator.gpu import EmulatedGpu
+from tests.gpu import test_context_attention as context_tests
+from tests.gpu import test_decode_attention as decode_tests
+from tests.gpu import test_sample as sample_tests
+
+SEED = 20_240
+
+
+def operator(gpu: EmulatedGpu, op: Op, dtype: torch.dtype) -> None:
+    """Every sample of an operator, its outputs and what it writes to; what is not written is NaN."""
+    launch = op.cuda
+    assert launch is not None
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        for sample in op.samples(torch.Generator().manual_seed(SEED), dtype):
+            here, there = copy.deepcopy(sample.args), copy.deepcopy(sample.args)
+            expected, actual = op.reference(*here), launch(gpu, *there)
+            pairs = zip(
+                [*(expected if isinstance(expected, tuple) else (expected,)), *(here[i] for i in op.mutates)],
+                [*(actual if isinstance(actual, tuple) else (actual,)), *(there[i] for i in op.mutates)],
+                strict=True,
+            )
+            for e, a in pairs:
+                assert a.dtype == e.dtype and a.shape == e.shape, sample.label
+                error = relative_error(a, e)
+                assert error <= op.tolerance[dtype], f"{op.name} {sample.label}: {error}"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def operators(gpu: EmulatedGpu, source: str) -> None:
+    """The operators that ``source`` (such as ``"norm.cu"``) serves, in float32 and bfloat16."""
+    module = source.removesuffix(".cu") + "_cuda"
+    for op in OPS.values():
+        if op.cuda is not None and op.cuda.__module__.endswith("." + module):
+            for dtype in (torch.float32, torch.bfloat16):
+                operator(gpu, op, dtype)
+
+
+def step_kernels(gpu: EmulatedGpu) -> None:
+    """The ids of a step, and copies of whole blocks."""
+    source = torch.tensor([7, -1, 0, ~3, 12, ~2] * 50, dtype=torch.int32)[:299]
+    sampled = torch.tensor([40, 41, -1, 43], dtype=torch.int32)
+    ids = torch.full_like(source, -99)
+    gpu.kernel(Unit.of("step.cu"), "resolve_ids", "pppi")((2, 1, 1), 256, source, sampled, ids, 299)
+    own = torch.tensor([s if s >= 0 else max(0, int(sampled[~s])) for s in source.tolist()], dtype=torch.int32)
+    assert torch.equal(ids, own)
+
+    caches = [torch.randn(6, 16, 2, 40), torch.randn(6, 16, 2, 40)]
+    expected = [c.clone() for c in caches]
+    pairs = torch.tensor([[1, 4], [0, 5]], dtype=torch.int32)
+    for cache in expected:
+        cache[4], cache[5] = cache[1].clone(), cache[0].clone()
+    addresses = torch.tensor([c.data_ptr() for c in caches])
+    size = caches[0][0].nbytes
+    gpu.kernel(Unit.of("step.cu"), "copy_blocks", "ppl")((2, 2, 1), 256, addresses, pairs, size)
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
+
+
+LENGTHS = {
+    "one": [193],
+    "long": [1500],
+    "ones": [1] * 40,
+    "edges": [1, 300, 5, 0, 16, 17, 33, 1, 64, 15, 0, 129],
+}
+
+
+def decode_attention(gpu: EmulatedGpu, shape: Any, form: int, lengths: dict[str, list[int]] | None = None) -> None:
+    """All variants over sequences of several lengths; twice, as the counters must be left as they were found.
+
+    Args:
+        gpu: where.
+        shape: dtype, heads, key heads, head size, tokens of a block.
+        form: 0 single, 1 narrow, 2 wide.
+        lengths: tokens of each sequence, by a label.
+    """
+    dtype, heads, kv_heads, head_dim, block_size = decode_tests.DTYPES[shape[0]], *shape[1:]
+    layout: Form = decode_tests._forms(dtype, heads, kv_heads, head_dim, gpu.shared_memory)[form]
+    attention = decode_tests._attention(gpu, shape, (layout, layout, layout))  # type: ignore[arg-type]
+    for name, tokens in (lengths or LENGTHS).items():
+        case = decode_tests.Case(SEED, dtype, heads, kv_heads, head_dim, block_size, tokens, "cpu")
+        live = case.lengths > 0
+        for window, softcap, alibi, sink in decode_tests.VARIANTS:
+            slopes, sinks = case.slopes if alibi else None, case.sinks if sink else None
+            expected = case.expected(window, softcap, slopes, sinks)
+            for attempt in range(2):
+                out = torch.full_like(case.q, float("nan"))
+                attention(
+                    out, case.q, case.k, case.v, case.tables, case.lengths, None,
+                    scale=case.scale, window=window, softcap=softcap, alibi_slopes=slopes, sinks=sinks,
+                )  # fmt: skip
+                message = f"{name} window {window} cap {softcap} alibi {alibi} sink {sink} call {attempt}"
+                error = relative_error(out[live], expected)
+                assert error <= PAGED_ATTENTION.tolerance[dtype], f"{error} {message}"
+                assert out[~live].isnan().all(), message
+
+
+STEPS = [
+    ([(1, 40), (1, 1), (63, 63), (64, 64), (1, 130), (33, 97), (2, 2)], 2),
+    ([(130, 130), (16, 81)], 0),
+]
+"""(new tokens, all tokens) of each sequence, and how many of them decode."""
+
+
+def context_attention(
+    gpu: EmulatedGpu, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int, steps: Any = None
+) -> None:
+    """All variants over steps of ragged prompts."""
+    for lengths, decoding in steps or STEPS:
+        step = context_tests.Step(
+            lengths, decoding, heads, kv_heads, head_dim, block_size, dtype, SEED, device="cpu"
+        )
+        attention = step.attention(gpu, portable=True)  # type: ignore[arg-type]
+        for name, variant in context_tests.VARIANTS.items():
+            options = step.options(**variant)
+            step.check(step.run(attention, options), options, name)
+
+
+def sampling(gpu: EmulatedGpu, vocab: int, n: int, dtype: torch.dtype, *, edits: bool, seed: int = SEED) -> None:
+    """Tokens of random rows, and their log probabilities, against the sampler of the CPU."""
+    x = sample_tests.noise(n, vocab, seed, dtype, gpu.device)
+    before = x.clone()
+    rows = sample_tests.random_rows(n, vocab, random.Random(seed), edits=edits)
+    expected = Sampler(vocab, sample_tests.Words())(x, rows)
+    got = sample_tests.make(gpu, vocab, dtype)(x, rows)  # type: ignore[arg-type]
+    flips = sample_tests.compare(x, rows, expected, got, f"seed {seed}")
+    assert flips <= 1, f"{flips} of {n} rows differ within rounding"
+    assert torch.equal(x, before)
+
+
+def skip_without_compiler() -> None:
+    """For tests that need the emulator."""
+    from tests.emulator import build
+
+    if build.COMPILER is None:
+        pytest.skip(build.MISSING)
