@@ -55,7 +55,9 @@ def test_step(gpu: EmulatedGpu) -> None:
     cases.step_kernels(gpu)
 
 
-@pytest.mark.parametrize("at", range(len(decode_tests.SHAPES)), ids=lambda i: "-".join(map(str, decode_tests.SHAPES[i])))
+@pytest.mark.parametrize(
+    "at", range(len(decode_tests.SHAPES)), ids=lambda i: "-".join(map(str, decode_tests.SHAPES[i]))
+)
 def test_decode_attention(gpu: EmulatedGpu, at: int) -> None:
     cases.decode_attention(gpu, decode_tests.SHAPES[at], at % 3)
 
@@ -65,7 +67,9 @@ def test_forms_of_decode_attention(gpu: EmulatedGpu, form: int) -> None:
     """Many multiprocessors cut a sequence into many parts; one has all sequences in turn."""
     for sms in (1, 40):
         gpu.sms = sms
-        cases.decode_attention(gpu, ("bfloat16", 8, 4, 64, 16), form, {"few": [700, 3], "edges": cases.LENGTHS["edges"]})
+        cases.decode_attention(
+            gpu, ("bfloat16", 8, 4, 64, 16), form, {"few": [700, 3], "edges": cases.LENGTHS["edges"]}
+        )
 
 
 @pytest.mark.parametrize("shape", [("float16", 8, 2, 64, 8), ("float32", 6, 2, 80, 16)], ids=["half", "float"])

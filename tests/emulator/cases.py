@@ -124,9 +124,7 @@ def context_attention(
 ) -> None:
     """All variants over steps of ragged prompts."""
     for lengths, decoding in steps or STEPS:
-        step = context_tests.Step(
-            lengths, decoding, heads, kv_heads, head_dim, block_size, dtype, SEED, device="cpu"
-        )
+        step = context_tests.Step(lengths, decoding, heads, kv_heads, head_dim, block_size, dtype, SEED, device="cpu")
         attention = step.attention(gpu, portable=True)  # type: ignore[arg-type]
         for name, variant in context_tests.VARIANTS.items():
             options = step.options(**variant)

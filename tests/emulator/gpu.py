@@ -88,7 +88,9 @@ class EmulatedGpu:
     def prefetch(self, units: Iterable[Unit]) -> None:
         """Compile units, two at a time."""
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda u: build.shared_object(u, self.arch, self._folder, self._sources), dict.fromkeys(units)))
+            list(
+                pool.map(lambda u: build.shared_object(u, self.arch, self._folder, self._sources), dict.fromkeys(units))
+            )
 
     def close(self) -> None:
         """See :meth:`llmapi._kernels.gpu.Gpu.close`."""
@@ -133,7 +135,9 @@ class EmulatedKernel:
         """
         x, y, z = grid
         if not (0 < x < 1 << 31 and 0 < y < 1 << 16 and 0 < z < 1 << 16 and 0 < block <= 1024) or x % self._cluster:
-            raise EmulationError(f"CUDA refuses {self._label} with grid {grid}, {block} threads, {self._cluster} a cluster")
+            raise EmulationError(
+                f"CUDA refuses {self._label} with grid {grid}, {block} threads, {self._cluster} a cluster"
+            )
         if shared + self._static > self._most:
             raise EmulationError(
                 f"CUDA refuses {self._label}: {shared} + {self._static} bytes of shared memory, {self._most} allowed"

@@ -82,7 +82,9 @@ class Step:
             starts.append(starts[-1] + new)
         self.rows, self.first = starts[-1], starts[self.decoding]
         self.starts = torch.tensor(starts + [starts[-1]] * self.padding, dtype=torch.int32, device=self.device)
-        self.totals = torch.tensor([n for _, n in self.lengths] + [0] * self.padding, dtype=torch.int32, device=self.device)
+        self.totals = torch.tensor(
+            [n for _, n in self.lengths] + [0] * self.padding, dtype=torch.int32, device=self.device
+        )
         self.counts = torch.tensor([self.decoding, len(self.lengths)], dtype=torch.int32, device=self.device)
         packed = normal(self.rows + self.padding + self.idle_rows, self.heads * self.head_dim + row)
         self.q = packed[:, : self.heads * self.head_dim].view(-1, self.heads, self.head_dim)
