@@ -1,8 +1,9 @@
 """The SHA-256 of files, remembered: a file of gigabytes is read once, not at every start.
 
 A digest is remembered under the file's path together with its size, modification time, inode and device; when one of
-these changed, the file is read again. Each path has a small JSON file of its own under the root, written to a unique
-name and renamed, so any number of processes may share one memory.
+these changed, the file is read again. Each path has a small JSON file of its own under the root, for the user only. It
+is written under one temporary name for each path and renamed: a writer that is killed leaves at most that file, which
+the next one overwrites, and what two writers make of it at once is a note that is not believed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import re
 import threading
 import time
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from llmapi.errors import SourceError
 
@@ -86,7 +86,7 @@ class DigestMemory:
                 dropped += 1
         for leftover in self.root.glob("??/*.tmp"):  # of a writer that died; a live one needs milliseconds
             with contextlib.suppress(OSError):
-                if time.time() - leftover.stat().st_mtime > 3600:
+                if time.time() - leftover.stat().st_mtime > 60:
                     leftover.unlink()
         return dropped
 
@@ -123,15 +123,19 @@ class DigestMemory:
     def _remember(self, path: Path, identity: dict[str, int], digest: str) -> None:
         note = self._note(path)
         text = json.dumps({"path": str(path), "identity": identity, "sha256": digest})
-        temporary = None
+        temporary = note.with_suffix(".tmp")
         try:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile("w", dir=note.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-                temporary = Path(file.name)
-                file.write(text)
+            self.root.parent.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (self.root.parent, self.root, note.parent):  # the first is the cache's root
+                folder.mkdir(mode=0o700, exist_ok=True)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, text.encode("utf-8"))
+            finally:
+                os.close(fd)
             temporary.replace(note)
         except (OSError, ValueError):  # read-only or full: the digest is right all the same
-            if temporary is not None:
+            with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
     def _count(self, *, remembered: int = 0, hashed_files: int = 0, hashed_bytes: int = 0) -> None:

@@ -4,6 +4,7 @@
 |---|---|---|
 | ``LLMAPI_CACHE_DIR`` | root of the build cache | the user cache folder of the platform |
 | ``LLMAPI_CACHE_BYTES`` | size budget of the build cache, in bytes | a fifth of the disk, 50 GB at least |
+| ``LLMAPI_CPU_KERNELS`` | ``0`` keeps to torch's operators on the CPU, compiling nothing | ``1`` |
 | ``LLMAPI_PROGRESS`` | ``0`` hides every progress bar | ``1`` |
 
 ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and ``HF_ENDPOINT`` are read by ``huggingface_hub``.
@@ -37,6 +38,11 @@ def cache_bytes() -> int | None:
     if not value.isdigit() or int(value) == 0:
         raise ConfigError(f"LLMAPI_CACHE_BYTES={value!r}: give a positive whole number of bytes, e.g. 50000000000")
     return int(value)
+
+
+def cpu_kernels() -> bool:
+    """Whether CPU kernels may be compiled and loaded (``LLMAPI_CPU_KERNELS``, on unless it is ``0``)."""
+    return os.environ.get("LLMAPI_CPU_KERNELS", "1") != "0"
 
 
 def progress() -> bool:

@@ -43,11 +43,13 @@ def fetch(
     trust_remote_code: bool,
     refresh: bool,
     progress: bool,
+    calls: list[str],
     check: Callable[[Path], None] | None = None,
 ) -> tuple[Path, list[str]]:
     """Folder of the snapshot of ``model`` and the names of the files in it that the model needs.
 
-    The folder's name is the commit hash. See ``llmapi._source.resolve`` for the arguments and errors.
+    The folder's name is the commit hash. Every call that may use the network is noted in ``calls``, by name. See
+    ``llmapi._source.resolve`` for the other arguments and the errors.
     """
     choose = _Chooser(dummy, trust_remote_code, check)
     cached = _look(model, revision, choose)
@@ -56,7 +58,7 @@ def fetch(
         return cached.folder, cached.files
     try:
         with _explained(model, revision, cached):
-            return _download(model, revision, token, choose, progress)
+            return _download(model, revision, token, choose, progress, calls)
     except SourceError:
         if cached is not None and usable:  # whole as far as this disk can tell, and the hub is of no help
             return cached.folder, cached.files
@@ -115,11 +117,17 @@ def _listed(model: str, commit: str) -> dict[str, int] | None:
 
 
 def _download(
-    model: str, revision: str | None, token: str | bool | None, choose: _Chooser, progress: bool
+    model: str,
+    revision: str | None,
+    token: str | bool | None,
+    choose: _Chooser,
+    progress: bool,
+    calls: list[str],
 ) -> tuple[Path, list[str]]:
     """Fetch what is missing: everything at once, or the index first where one names the shards."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+    calls.append("model_info")
     info = HfApi(token=token, library_name="llmapi").model_info(model, revision=revision, files_metadata=True)
     sizes = {s.rfilename: s.size for s in info.siblings or []}
     if (why := no_model(f"{model} on the hub", sizes, dummy=choose.dummy)) is not None:
@@ -136,6 +144,7 @@ def _download(
             _check_space(model, to_come)
             bar.expect(to_come)
             patterns = [glob.escape(n) for n in new]
+            calls.append("snapshot_download")
             folder = Path(
                 snapshot_download(
                     model,
@@ -149,6 +158,7 @@ def _download(
             if folder.name != info.sha:
                 raise SourceError(f"{model} was updated on the hub while it was fetched; run this again")
             for name in damaged:  # snapshot_download takes a file that is there for whole
+                calls.append("hf_hub_download")
                 hf_hub_download(model, name, revision=info.sha, token=token, force_download=True, tqdm_class=bar.part)
             bar.settle()
             fetched.update(new)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from llmapi.errors import CheckpointError, ConfigError, ModelNotFoundError, unkn
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 _ID = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+_HASHERS = 8  # files hashed at a time
 _LOAD_FORMATS = ("auto", "dummy")
 
 
@@ -47,6 +49,7 @@ class Snapshot:
         revision: commit hash on the hub; None for a folder or a ``.gguf`` file.
         files: the files that llmapi reads, sorted by name.
         memory: where the digests of the files are remembered.
+        hub_calls: calls of the hub's client that may have used the network to find them.
     """
 
     model: str
@@ -55,6 +58,7 @@ class Snapshot:
     revision: str | None
     files: tuple[SourceFile, ...]
     memory: DigestMemory = field(repr=False, compare=False)
+    hub_calls: int = field(default=0, repr=False, compare=False)
 
     def file(self, name: str) -> SourceFile | None:
         """The file called ``name``, or None."""
@@ -96,9 +100,13 @@ class Snapshot:
         """SHA-256 of ``files`` (all of the snapshot's when None): name → ``"sha256:<hex>"``.
 
         Files in the hub's cache that the hub already names by their SHA-256 are not read, nor are those whose digest
-        is remembered; the others are read once.
+        is remembered; the others are read once, several at a time.
         """
-        return {f.name: self.memory.sha256(f.path) for f in (self.files if files is None else files)}
+        chosen = self.files if files is None else tuple(files)
+        with ThreadPoolExecutor(max(1, min(_HASHERS, len(chosen), os.cpu_count() or 1))) as pool:
+            return dict(
+                zip((f.name for f in chosen), pool.map(lambda f: self.memory.sha256(f.path), chosen), strict=True)
+            )
 
 
 def resolve(
@@ -164,6 +172,7 @@ def resolve(
     _check_id(name)
     from llmapi import _hub
 
+    calls: list[str] = []
     folder, files = _hub.fetch(
         name,
         revision=revision,
@@ -173,8 +182,9 @@ def resolve(
         refresh=refresh,
         progress=progress,
         check=check,
+        calls=calls,
     )
-    return Snapshot(name, "hub", folder, folder.name, source_files(folder, files), digests)
+    return Snapshot(name, "hub", folder, folder.name, source_files(folder, files), digests, len(calls))
 
 
 def source_files(folder: Path, names: Collection[str]) -> tuple[SourceFile, ...]:

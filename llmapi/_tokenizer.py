@@ -1,17 +1,20 @@
 """Tokenizer: text to token ids and back.
 
-A thin layer over transformers' ``AutoTokenizer``: it reads local files only, and its errors say what to do.
+A thin layer over transformers' ``AutoTokenizer``: it reads local files only, and its errors say what to do. One that
+was frozen (see :mod:`llmapi._frozen_tokenizer`) encodes and decodes without it, and loads it for everything else.
 Token by token, text comes from :class:`~llmapi._detokenizer.Detokenizer`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from llmapi._detokenizer import Detokenizer
+from llmapi._frozen_tokenizer import FrozenTokenizer, freeze
 from llmapi.errors import CheckpointError, ConfigError, RequestError, unknown_name
 
 __all__ = ["Detokenizer", "Tokenizer"]
@@ -40,12 +43,53 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Any, name: str = "this model") -> None:
-        self.backend = backend
+        self._backend = backend
+        self._load: Callable[[], Any] | None = None
+        self._loading = threading.Lock()
+        self._frozen: FrozenTokenizer | None = None
         self.name = name
-        self.eos_token_id: int | None = backend.eos_token_id
-        self.vocab_size: int = len(backend)
-        self.special_ids: frozenset[int] = _special_ids(backend)
+        if backend is not None:
+            self.eos_token_id: int | None = backend.eos_token_id
+            self.vocab_size: int = len(backend)
+            self.special_ids: frozenset[int] = _special_ids(backend)
         self._texts: dict[int, str] = {}
+
+    @classmethod
+    def of_frozen(cls, frozen: FrozenTokenizer, load: Callable[[], Any], name: str) -> Tokenizer:
+        """A tokenizer that needs no transformers to encode and decode.
+
+        Args:
+            frozen: does that.
+            load: gives the tokenizer of transformers that it was frozen from; called when something else is asked.
+            name: as of the class.
+        """
+        made = cls(None, name)
+        made._frozen, made._load = frozen, load
+        made.eos_token_id, made.vocab_size, made.special_ids = (
+            frozen.eos_token_id,
+            frozen.vocab_size,
+            frozen.special_ids,
+        )
+        return made
+
+    @property
+    def backend(self) -> Any:
+        """The tokenizer of transformers."""
+        if self._backend is None:
+            with self._loading:
+                if self._backend is None and self._load is not None:
+                    self._backend = self._load()
+        return self._backend
+
+    def freeze(self, folder: Path) -> bool:
+        """Write down what :class:`FrozenTokenizer` needs; whether that is possible.
+
+        Args:
+            folder: where the files go.
+        """
+        special = sorted(self.special_ids)
+        facts = {"eos_token_id": self.eos_token_id, "vocab_size": self.vocab_size, "special_ids": special}
+        return freeze(self.backend, facts, folder)
 
     @classmethod
     def load(
@@ -109,6 +153,8 @@ class Tokenizer:
         if not isinstance(text, str):
             raise RequestError(f"a prompt must be a text or a list of token ids, not {type(text).__name__}")
         try:
+            if self._frozen is not None:
+                return self._frozen.encode(text, add_special_tokens)
             encoded = self.backend(text, add_special_tokens=add_special_tokens, verbose=False)
         except (UnicodeError, TypeError) as error:
             raise RequestError(
@@ -130,6 +176,8 @@ class Tokenizer:
             skip_special_tokens: leave special tokens out.
             spaces_between_special_tokens: passed to the tokenizer; only some Python tokenizers heed it.
         """
+        if self._frozen is not None:
+            return self._frozen.decode(token_ids, skip_special_tokens)
         text = self.backend.decode(
             list(token_ids),
             skip_special_tokens=skip_special_tokens,

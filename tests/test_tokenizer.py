@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llmapi._detokenizer import Detokenizer
+from llmapi._frozen_tokenizer import thaw
 from llmapi._tokenizer import Tokenizer
 from llmapi.errors import CheckpointError, ConfigError, RequestError
 
@@ -62,9 +66,18 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 BACKENDS = {"byte_level": byte_level(), "byte_fallback": byte_fallback()}
 
 
-@pytest.fixture(params=sorted(BACKENDS))
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return Tokenizer(BACKENDS[request.param])
+def frozen(backend: Any, folder: Path) -> Tokenizer:
+    """The tokenizer, written down and read back; transformers' own is there for what else is asked."""
+    assert Tokenizer(backend).freeze(folder)
+    core = thaw(folder)
+    assert core is not None
+    return Tokenizer.of_frozen(core, lambda: backend, "this model")
+
+
+@pytest.fixture(params=sorted(BACKENDS) + [f"{name}, frozen" for name in sorted(BACKENDS)])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    name, _, how = request.param.partition(", ")
+    return frozen(BACKENDS[name], tmp_path_factory.mktemp("frozen")) if how else Tokenizer(BACKENDS[name])
 
 
 def smollm2() -> tuple[Path, str]:
@@ -75,10 +88,13 @@ def smollm2() -> tuple[Path, str]:
     return folder, next(folder.glob("*.gguf")).name
 
 
-@pytest.fixture(scope="module")
-def real() -> Tokenizer:
+@pytest.fixture(scope="module", params=["transformers", "frozen"])
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder, name = smollm2()
-    return Tokenizer.load(folder, gguf_file=name)
+    loaded = Tokenizer.load(folder, gguf_file=name)
+    if request.param == "frozen":
+        return frozen(loaded.backend, tmp_path_factory.mktemp("frozen"))
+    return loaded
 
 
 # --- incremental decoding ---------------------------------------------------------------------------------------------
@@ -268,6 +284,126 @@ def test_code_of_the_model_needs_trust(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "own.py").write_text("raise SystemExit('this must not run')")
     with pytest.raises(ConfigError, match="trust_remote_code=True"):
         Tokenizer.load(tmp_path)
+
+
+# --- frozen -----------------------------------------------------------------------------------------------------------
+
+
+def added_around() -> PreTrainedTokenizerFast:
+    """With a beginning and an end put around each prompt by the post-processor."""
+    backend = byte_level()
+    backend.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", 1), ("<|end|>", 0)]
+    )
+    return backend
+
+
+def cut_and_filled() -> PreTrainedTokenizerFast:
+    """With truncation and padding left on in the Rust object, which one prompt is encoded without."""
+    backend = byte_level()
+    backend.backend_tokenizer.enable_truncation(4)
+    backend.backend_tokenizer.enable_padding(length=9)
+    return backend
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, added_around, cut_and_filled])
+def test_a_frozen_tokenizer_gives_what_transformers_gives(make: Callable[[], Any], tmp_path: Path) -> None:
+    backend = make()
+    mine = frozen(backend, tmp_path)
+    theirs = Tokenizer(make())
+    assert (mine.eos_token_id, mine.vocab_size, mine.special_ids) == (
+        theirs.eos_token_id,
+        theirs.vocab_size,
+        theirs.special_ids,
+    )
+    rng = random.Random(7)
+    texts = [*HARD, *CORPUS[-2:], "<|start|>hello[kept]<|end|> </s><unk>", "x" * 5000]
+    texts += ["".join(rng.choice([chr(rng.randrange(32, 127)), *HARD]) for _ in range(30)) for _ in range(50)]
+    for text in texts:
+        for special in (True, False):
+            ids = theirs.encode(text, special)
+            assert mine.encode(text, special) == ids
+            for skip in (True, False):
+                assert mine.decode(ids, skip) == theirs.decode(ids, skip)
+    for _ in range(200):
+        ids = [rng.randrange(theirs.vocab_size) for _ in range(rng.randrange(12))]
+        for skip in (True, False):
+            assert mine.decode(ids, skip) == theirs.decode(ids, skip)
+    assert mine.decode([10**6]) == theirs.decode([10**6])  # an id that neither knows
+
+
+def test_a_frozen_tokenizer_imports_no_transformers_until_it_must(tmp_path: Path) -> None:
+    byte_level_with_template().save_pretrained(str(tmp_path / "model"))
+    tokenizer = Tokenizer.load(tmp_path / "model")
+    (tmp_path / "kept").mkdir()
+    assert tokenizer.freeze(tmp_path / "kept")
+    script = (
+        "import sys; from pathlib import Path; from llmapi._frozen_tokenizer import thaw;"
+        "from llmapi._tokenizer import Tokenizer; folder = Path(sys.argv[1]);"
+        "t = Tokenizer.of_frozen(thaw(folder / 'kept'), lambda: Tokenizer.load(folder / 'model').backend, 'x');"
+        "ids = t.encode('hello world'); d = t.detokenizer(); d.push(ids); d.finish();"
+        "print(ids, d.text, 'transformers' in sys.modules, 'torch' in sys.modules);"
+        "print(t.apply_chat_template([{'role': 'user', 'content': 'hello'}]), 'transformers' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == f"{tokenizer.encode('hello world')} hello world False False"
+    assert second == f"{tokenizer.apply_chat_template([CHAT[0]])} True"
+
+
+def byte_level_with_template() -> PreTrainedTokenizerFast:
+    backend = byte_level()
+    backend.chat_template = TEMPLATE
+    return backend
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """Does more in Python than the Rust object does."""
+
+    def _decode(self, *args: Any, **options: Any) -> str:
+        return super()._decode(*args, **options).upper()
+
+
+Shouting.__module__ = "transformers.models.shouting"
+
+
+class Foreign(PreTrainedTokenizerFast):
+    """From outside transformers."""
+
+
+def splitting() -> PreTrainedTokenizerFast:
+    backend = byte_level()
+    backend.split_special_tokens = True
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: Shouting(tokenizer_object=byte_level().backend_tokenizer), "a _decode of its own"),
+        (lambda: Foreign(tokenizer_object=byte_level().backend_tokenizer), "no fast tokenizer of transformers"),
+        (splitting, "splits special tokens"),
+    ],
+)
+def test_what_cannot_be_frozen_says_why(make: Callable[[], Any], why: str, tmp_path: Path) -> None:
+    assert not Tokenizer(make()).freeze(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["frozen_facts.json"]
+    assert why in (tmp_path / "frozen_facts.json").read_text()
+    assert thaw(tmp_path) is None
+
+
+def test_a_state_that_would_differ_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the classes say, the two are compared before the state is kept."""
+    monkeypatch.setattr("llmapi._frozen_tokenizer._obstacle", lambda backend: None)
+    assert not Tokenizer(Shouting(tokenizer_object=byte_level().backend_tokenizer)).freeze(tmp_path)
+    assert "decodes" in (tmp_path / "frozen_facts.json").read_text()
 
 
 # --- chat templates --------------------------------------------------------------------------------------------------

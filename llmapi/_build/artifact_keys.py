@@ -13,25 +13,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llmapi
-from llmapi._build.key import Key, Part, canonical, source_digest, toolchain_parts
+from llmapi._build.key import Key, Part, canonical, schema_part, source_digest, toolchain_parts
+from llmapi._files import CONFIG
 from llmapi.config import EngineConfig
 from llmapi.models.spec import TransformerSpec
 
 if TYPE_CHECKING:
     from llmapi._build.store.manifest import Manifest
+    from llmapi._source import Snapshot
 
 _PACKAGE = Path(llmapi.__file__).parent
+_TOKENIZER_LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "tiktoken", "gguf")
 
 
 def _sources(*names: str) -> str:
     return source_digest(*(_PACKAGE / name for name in names))
 
 
+def _operators() -> list[str]:
+    """The operators' Python modules. Not their C++ and CUDA sources: machine code has keys of its own, and what it
+    computes is what the operator's reference says.
+    """
+    return [path.relative_to(_PACKAGE).as_posix() for path in sorted((_PACKAGE / "_kernels").glob("*.py"))]
+
+
 def weights_key(spec: TransformerSpec, config: EngineConfig, origin: Mapping[str, object]) -> Key:
     """Key of the weights artifact.
 
     Left out: paths, file names and times (content counts), engine limits (no tensor depends on them), the torch
-    version (conversion is a cast between IEEE types, which no version changes).
+    version (conversion is a cast between IEEE types, which no version changes). ``quantization`` says "none" and there
+    is one rank in a world of one until this release can do more: the parts are there so that the day it can, no entry
+    of today is taken for one of then.
 
     Args:
         spec: the architecture.
@@ -40,6 +52,7 @@ def weights_key(spec: TransformerSpec, config: EngineConfig, origin: Mapping[str
     """
     return Key(
         [
+            schema_part(),
             Part("spec", canonical(spec.to_json())),
             Part("origin", canonical(dict(origin))),
             Part("dtype", config.dtype),
@@ -49,7 +62,13 @@ def weights_key(spec: TransformerSpec, config: EngineConfig, origin: Mapping[str
             Part(
                 "converter",
                 _sources(
-                    "models", "_build/weights.py", "_build/tensor_file.py", "_build/checkpoint.py", "_build/gguf.py"
+                    "models",
+                    "_build/weights.py",
+                    "_build/tensor_file.py",
+                    "_build/file_span.py",
+                    "_build/checkpoint.py",
+                    "_build/gguf.py",
+                    "_build/gguf_tensors.py",
                 ),
             ),
         ]
@@ -62,7 +81,7 @@ def graph_recipe_key(spec: TransformerSpec) -> Key:
     Args:
         spec: the architecture.
     """
-    sources = _sources("models", "_kernels", "_build/export.py", "_build/graph.py", "_build/rewrite")
+    sources = _sources("models", *_operators(), "_build/export.py", "_build/graph.py", "_build/rewrite")
     return Key([*toolchain_parts(), Part("spec", canonical(spec.to_json())), Part("exporter", sources)])
 
 
@@ -83,8 +102,10 @@ def engine_key(spec: TransformerSpec, config: EngineConfig, graph_digest: str) -
             Part("graph", graph_digest),
             Part("constants", canonical(spec.to_json()["rope"])),
             *(Part(name, canonical(value)) for name, value in config.shape_parts().items()),
-            Part("kernels", _sources("_kernels")),
+            Part("kernels", _sources(*_operators())),
             Part("target", _target(config.backend)),
+            Part("rank", "0"),
+            Part("world", "1"),
         ]
     )
 
@@ -122,16 +143,36 @@ def _version(value: str | None) -> str:
         return value or "of no known version"
 
 
-def tokenizer_key(digest: str) -> Key:
-    """Key of a tokenizer converted from a ``.gguf`` file.
+def tokenizer_key(origin: Mapping[str, str]) -> Key:
+    """Key of what is kept of a tokenizer: the files it is read from, and the code that reads them.
 
     Args:
-        digest: of the file.
+        origin: see :func:`tokenizer_origin`.
     """
     return Key(
         [
-            Part("origin", digest),
-            Part("transformers", importlib.metadata.version("transformers")),
-            Part("converter", _sources("_tokenizer.py")),
+            schema_part(),
+            Part("origin", canonical(dict(origin))),
+            Part("libraries", canonical({name: _installed(name) for name in _TOKENIZER_LIBRARIES})),
+            Part("converter", _sources("_tokenizer.py", "_frozen_tokenizer.py")),
         ]
     )
+
+
+def tokenizer_origin(snapshot: Snapshot) -> dict[str, str]:
+    """Digests of the files that a tokenizer is read from, by name: names decide what a file means, except for GGUF's.
+
+    Args:
+        snapshot: the model's files.
+    """
+    if snapshot.kind == "gguf":
+        return {"gguf": next(iter(snapshot.digests().values()))}
+    config = snapshot.file(CONFIG)  # it may name the tokenizer's class
+    return snapshot.digests([*snapshot.tokenizer_files, *([config] if config else [])])
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

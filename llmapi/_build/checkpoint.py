@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmapi._build.file_span import FileSpan
 from llmapi._files import read_index
 from llmapi.errors import CheckpointError, unknown_name
 
@@ -60,6 +62,14 @@ class Checkpoint(ABC):
         if name not in self.tensors:
             raise CheckpointError(f"{unknown_name('tensor', name, sorted(self.tensors)[:8])}, ...")
         return self._read(name, self.tensors[name])
+
+    def span(self, name: str) -> FileSpan | None:
+        """Where a tensor lies in its file, as it is; None where only :meth:`read` can give it.
+
+        Args:
+            name: one of ``tensors``.
+        """
+        return None
 
     @abstractmethod
     def _read(self, name: str, info: TensorInfo) -> torch.Tensor: ...
@@ -156,6 +166,9 @@ class _File(ABC):
     @abstractmethod
     def get(self, name: str) -> torch.Tensor: ...
 
+    def span(self, name: str) -> FileSpan | None:
+        return None
+
     @abstractmethod
     def close(self) -> None: ...
 
@@ -192,6 +205,9 @@ class _Shards(Checkpoint):
         self._mapped += info.nbytes
         return file.get(name)
 
+    def span(self, name: str) -> FileSpan | None:
+        return self._files[self.tensors[name].file].span(name)
+
     def close(self) -> None:
         if self._open is not None:
             self._open.close()
@@ -200,6 +216,7 @@ class _Shards(Checkpoint):
 
 class _SafetensorsFile(_File):
     _handle: Any = None
+    _offsets: dict[str, int] | None = None
 
     def _map(self) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -221,6 +238,20 @@ class _SafetensorsFile(_File):
     def get(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._map().get_tensor(name)
         return tensor
+
+    def span(self, name: str) -> FileSpan | None:
+        if sys.byteorder != "little":
+            return None
+        if self._offsets is None:  # of a header that the library found to be right when the file was described
+            try:
+                with self.path.open("rb") as file:
+                    size = int.from_bytes(file.read(8), "little")
+                    entries = json.loads(file.read(size))
+                self._offsets = {n: 8 + size + e["data_offsets"][0] for n, e in entries.items() if n != "__metadata__"}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise broken(self.path, error) from error
+        info = self.infos[name]
+        return FileSpan(self.path, self._offsets[name], info.dtype, info.shape)
 
     def close(self) -> None:
         if self._handle is not None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from llmapi._build.key import Key, Part, canonical, toolchain_parts
+from llmapi._build.key import Key, Part, canonical, schema_part, toolchain_parts
 from llmapi._build.names import CUBIN_FILE, TUNING_FILE
 from llmapi._build.store import Staging, Store
 from llmapi._kernels import nvrtc
@@ -24,7 +24,7 @@ def kernel_key(unit: Unit, arch: str) -> Key:
         unit: the specialization.
         arch: such as ``"sm_90a"``.
     """
-    return Key([Part(name, value) for name, value in nvrtc.key_parts(unit, arch).items()])
+    return Key([schema_part(), *(Part(name, value) for name, value in nvrtc.key_parts(unit, arch).items())])
 
 
 def tuning_key(gpu: str, arch: str, dtype: str, cases: list[str], sources: dict[str, str]) -> Key:

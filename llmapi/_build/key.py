@@ -214,8 +214,8 @@ class Key:
 
 
 def source_digest(*files: Path) -> str:
-    """SHA-256 over the names and contents of source files; a folder counts with every ``*.py``, ``*.cu``, ``*.cuh``
-    and ``*.h`` below it. Names are taken relative to the package, so a moved installation keeps its digest.
+    """SHA-256 over the names and contents of source files; a folder counts with every ``*.py``, ``*.cpp``, ``*.cu``,
+    ``*.cuh`` and ``*.h`` below it. Names are taken relative to the package, so a moved installation keeps its digest.
 
     >>> len(source_digest(Path(__file__)))
     64
@@ -224,9 +224,9 @@ def source_digest(*files: Path) -> str:
     for file in files:
         inside = [file]
         if file.is_dir():
-            inside = sorted(f for f in file.rglob("*") if f.suffix in {".py", ".cu", ".cuh", ".h"})
+            inside = sorted(f for f in file.rglob("*") if f.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"})
         if not inside:
-            raise CacheError(f"{file} holds no source file; give files, or a folder with *.py, *.cu, *.cuh or *.h")
+            raise CacheError(f"{file} holds no source file; give files, or a folder with *.py, *.cpp, *.cu, *.cuh or *.h")
         found += inside
     parts: dict[str, str] = {}
     for path in found:
@@ -241,12 +241,18 @@ def source_digest(*files: Path) -> str:
 def toolchain_parts() -> list[Part]:
     """The parts every artifact shares: the schema of keys and the torch build. Does not import torch.
 
-    Left out on purpose: Python and the operating system (no artifact holds bytecode or native code of ours for the
-    host; the graph text, which they could only change by way of torch.export, is a part of its own), llmapi's own
-    version (the sources that shape an artifact are parts, so a release that changes none of them keeps its cache), and
-    NVRTC, CUDA's driver and TensorRT (the backends that use them add them).
+    Left out on purpose: Python and the operating system (no artifact that these parts shape holds bytecode or native code
+    of ours for the host, and the compiled CPU kernels have a key of their own; the graph text, which they could only
+    change by way of torch.export, is a part of its own), llmapi's own version (the sources that shape an artifact are
+    parts, so a release that changes none of them keeps its cache), and NVRTC, CUDA's driver and TensorRT (the backends
+    that use them add them).
     """
-    return [Part("key_schema", str(KEY_SCHEMA)), Part("torch", canonical(_torch_build()))]
+    return [schema_part(), Part("torch", canonical(_torch_build()))]
+
+
+def schema_part() -> Part:
+    """The part that every key begins with: the version of the keys' own meaning."""
+    return Part("key_schema", str(KEY_SCHEMA))
 
 
 def _torch_build() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmapi import _progress
-from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, weights_key
+from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, tokenizer_origin, weights_key
 from llmapi._build.checkpoint import open_checkpoint
 from llmapi._build.key import Key
 from llmapi._build.names import CONSTANTS_FILE, GRAPH_FILE, WEIGHTS_FILE
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmapi._kernels.nvrtc import Unit
+    from llmapi._kernels.native import NativeKernels
 
 log = logging.getLogger("llmapi")
 
@@ -108,6 +109,7 @@ class Builder:
                     values = dummy(recipe.dummy_seed)
                 with staging.open(WEIGHTS_FILE) as out:
                     write_weights(out, specs, values, done)
+            self.report.conversions += len(specs)
 
         key = weights_key(spec, recipe.config, origin)
         return self._obtain("convert", "weights", key, snapshot.model, build)
@@ -162,6 +164,7 @@ class Builder:
         def export(staging: Staging) -> None:
             from llmapi._build.export import export_graph
 
+            self.report.exports += 1
             with self._bar("export", 1) as done, staging.open(GRAPH_FILE) as out:
                 out.write(export_graph(spec).text.encode())
                 done(1)
@@ -170,14 +173,13 @@ class Builder:
         return folder / GRAPH_FILE, hashlib.sha256((folder / GRAPH_FILE).read_bytes()).hexdigest()
 
     def tokenizer(self, snapshot: Snapshot, convert: Callable[[Path], None]) -> Path:
-        """Folder with the tokenizer of a ``.gguf`` file, converted if the cache has none.
+        """Folder with what is kept of a model's tokenizer, made if the cache has none.
 
         Args:
-            snapshot: the file.
-            convert: writes the tokenizer's files into a folder.
+            snapshot: the model's files.
+            convert: writes the files to keep into a folder.
         """
-        (digest,) = snapshot.digests().values()
-        key = tokenizer_key(digest)
+        key = tokenizer_key(tokenizer_origin(snapshot))
         return self._obtain("tokenizer", "tokenizer", key, snapshot.model, lambda staging: convert(staging.path))
 
     def cubin(self, unit: Unit, arch: str) -> bytes:
@@ -213,6 +215,25 @@ class Builder:
         self.report.keys["tuning"] = key.digest
         return table
 
+    def cpu_kernels(self) -> NativeKernels | None:
+        """The compiled CPU kernels, loaded; None where there are none, and then torch's operators do the work."""
+        from llmapi._build.cpu_kernels import NoKernels, obtain
+
+        with self.report.phase("kernels") as phase:
+            before = len(self._store.snapshot().lines)
+            try:
+                with self._bar("kernels", 1) as done:
+                    kernels = obtain(self._store)
+                    done(1)
+            except NoKernels as error:
+                phase.note = "none"
+                log.info("no compiled CPU kernels, torch's operators are used: %s", error)
+                return None
+            lines = self._store.snapshot().lines[before:]
+            self.report.cache += lines
+            phase.note = "built" if any(line.startswith("built") for line in lines) else "cache hit"
+        return kernels
+
     def close(self) -> None:
         """Let go of the artifacts; the cache may then evict them."""
         self._held.close()
@@ -225,13 +246,15 @@ class Builder:
             build(staging)
 
         with self.report.phase(phase_name) as phase:
-            before = len(self._store.snapshot().lines)
+            before = self._store.snapshot()
             entry = self._held.enter_context(self._store.build(kind, key, label, note))
             phase.note, phase.nbytes = ("built", entry.manifest.size) if built else ("cache hit", 0)
-        lines = self._store.snapshot().lines[before:]
+        after = self._store.snapshot()
+        lines = after.lines[len(before.lines) :]
         self.report.cache += lines
+        self.report.checked_bytes += after.hashed_bytes - before.hashed_bytes
         self.report.keys[kind] = key.digest
-        log.info("%s", lines[0] if lines else f"{kind}: {phase.note}")
+        log.debug("%s", lines[0] if lines else f"{kind}: {phase.note}")
         return entry.path
 
     def _bar(self, phase: str, total: int) -> AbstractContextManager[Callable[[int], None]]:

@@ -11,10 +11,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
+from llmapi._build.file_span import FileSpan, SpanReader
 from llmapi.errors import CacheError
 
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -28,6 +29,21 @@ class SupportsWrite(Protocol):
 
     def write(self, data: bytes | memoryview, /) -> int:
         """Write all of ``data``."""
+
+
+@runtime_checkable
+class SupportsBorrow(Protocol):
+    """A file that lends buffers to be filled: the fast way to write much."""
+
+    def borrow(self) -> memoryview:
+        """An empty buffer, the caller's until it is given back."""
+
+    def give(self, size: int) -> None:
+        """Append the first ``size`` bytes of the borrowed buffer."""
+
+
+Value: TypeAlias = torch.Tensor | FileSpan
+"""A tensor to be written: in memory, or still in its file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +63,7 @@ class TensorSpec:
         return count * (4 if self.dtype == "float32" else 2)
 
 
-def write_tensors(out: SupportsWrite, specs: Sequence[TensorSpec], value: Callable[[TensorSpec], torch.Tensor]) -> None:
+def write_tensors(out: SupportsWrite, specs: Sequence[TensorSpec], value: Callable[[TensorSpec], Value]) -> None:
     """Write a safetensors file, holding one tensor at a time.
 
     Args:
@@ -64,23 +80,66 @@ def write_tensors(out: SupportsWrite, specs: Sequence[TensorSpec], value: Callab
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     out.write(len(text).to_bytes(8, "little") + text)
-    buffer = torch.empty(_CHUNK, dtype=torch.uint8)
-    for spec in specs:
-        _write_tensor(out, spec, value(spec), buffer)
+    with SpanReader() as reader:
+        writer = _Writer(out, reader)
+        for spec in specs:
+            writer.write(spec, value(spec))
 
 
-def _write_tensor(out: SupportsWrite, spec: TensorSpec, tensor: torch.Tensor, buffer: torch.Tensor) -> None:
-    """Cast and write a few rows at a time, through a buffer that is used for all."""
-    assert tuple(tensor.shape) == spec.shape, f"{spec} is given {list(tensor.shape)}"
-    if not tensor.numel():
-        return
-    table = tensor.reshape(spec.shape[0], -1) if len(spec.shape) > 1 else tensor.reshape(1, -1)
-    itemsize, columns = getattr(torch, spec.dtype).itemsize, max(1, table.shape[1])
-    for wide in torch.split(table, max(1, len(buffer) // itemsize // columns)):
-        for piece in torch.split(wide, len(buffer) // itemsize, 1) if len(wide) == 1 else (wide,):
-            cast = buffer[: piece.numel() * itemsize].view(getattr(torch, spec.dtype)).view(piece.shape)
-            cast.copy_(piece)
-            out.write(memoryview(buffer[: piece.numel() * itemsize].numpy().data))
+class _Writer:
+    """Casts tensors, read or given, into the buffers of a file, a few rows at a time."""
+
+    def __init__(self, out: SupportsWrite, reader: SpanReader) -> None:
+        self._out, self._reader = out, reader
+        self._own = memoryview(bytearray(0 if isinstance(out, SupportsBorrow) else _CHUNK))
+        self._raw = memoryview(b"")  # what is read before it is cast; made when first needed
+
+    def write(self, spec: TensorSpec, tensor: Value) -> None:
+        """Append one tensor."""
+        assert tuple(tensor.shape) == spec.shape, f"{spec} is given {list(tensor.shape)}"
+        dtype = getattr(torch, spec.dtype)
+        if isinstance(tensor, FileSpan):
+            self._write_span(tensor, dtype)
+        elif tensor.numel():
+            self._write_tensor(tensor.reshape(spec.shape[0], -1) if len(spec.shape) > 1 else tensor.reshape(1, -1), dtype)
+
+    def _write_tensor(self, table: torch.Tensor, dtype: torch.dtype) -> None:
+        columns = max(1, table.shape[1])
+        for wide in torch.split(table, max(1, _CHUNK // dtype.itemsize // columns)):
+            for piece in torch.split(wide, _CHUNK // dtype.itemsize, 1) if len(wide) == 1 else (wide,):
+                size = piece.numel() * dtype.itemsize
+                _tensor(self._borrow()[:size], dtype).view(piece.shape).copy_(piece)
+                self._give(size)
+
+    def _write_span(self, span: FileSpan, dtype: torch.dtype) -> None:
+        count, at = span.nbytes // span.dtype.itemsize, 0
+        step = _CHUNK // max(dtype.itemsize, span.dtype.itemsize)
+        while at < count:
+            now = min(step, count - at)
+            start, size = at * span.dtype.itemsize, now * span.dtype.itemsize
+            buffer = self._borrow()
+            if span.dtype == dtype:
+                self._reader.read(span, start, buffer[:size])
+            else:
+                if not self._raw:
+                    self._raw = memoryview(bytearray(_CHUNK))
+                self._reader.read(span, start, self._raw[:size])
+                _tensor(buffer[: now * dtype.itemsize], dtype).copy_(_tensor(self._raw[:size], span.dtype))
+            self._give(now * dtype.itemsize)
+            at += now
+
+    def _borrow(self) -> memoryview:
+        return self._out.borrow()[:_CHUNK] if isinstance(self._out, SupportsBorrow) else self._own
+
+    def _give(self, size: int) -> None:
+        if isinstance(self._out, SupportsBorrow):
+            self._out.give(size)
+        else:
+            self._out.write(self._own[:size])
+
+
+def _tensor(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(buffer, dtype=dtype)
 
 
 class TensorFile:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmapi._build.tensor_file import SupportsWrite, TensorSpec, write_tensors
+from llmapi._build.tensor_file import SupportsWrite, TensorSpec, Value, write_tensors
 from llmapi.errors import CheckpointError
 from llmapi.models.family import Family, Take
 from llmapi.models.spec import TransformerSpec
@@ -36,7 +36,7 @@ def tensor_specs(spec: TransformerSpec, dtype: str) -> list[TensorSpec]:
     return sorted(specs, key=lambda s: len(s.shape) == 1)
 
 
-Values = Callable[[TensorSpec], torch.Tensor]
+Values = Callable[[TensorSpec], Value]
 """Gives the value of a canonical tensor."""
 
 
@@ -52,7 +52,7 @@ def write_weights(
         progress: called with the bytes of each tensor.
     """
 
-    def counted(spec: TensorSpec) -> torch.Tensor:
+    def counted(spec: TensorSpec) -> Value:
         progress(spec.nbytes)
         return value(spec)
 
@@ -75,8 +75,11 @@ def converted(checkpoint: Checkpoint, family: Family, spec: TransformerSpec, spe
     sources = {family.plain_name(name): name for name in checkpoint.tensors}
     _check(checkpoint, family, spec, table, sources, specs)
 
-    def value(target: TensorSpec) -> torch.Tensor:
+    def value(target: TensorSpec) -> Value:
         take = table[target.name]
+        span = None if take.transpose else checkpoint.span(sources[take.name])
+        if span is not None:
+            return span if take.rows is None else span.rows(*take.rows)
         return _take(checkpoint.read(sources[take.name]), take)
 
     return value

@@ -114,8 +114,11 @@ def run_verify(args: Namespace) -> int:
 
 def run_prune(args: Namespace) -> int:
     """Do ``prune``."""
+    from llmapi._digests import DigestMemory
+
     store = _store(args)
     report = store.prune(args.budget)
+    DigestMemory(store.root / "digests").prune()  # notes on files that are gone
     for entry in report.removed:
         print(f"removed {entry}, {_size(entry.size)}, last used {_ago(entry.last_used)}")
     for entry in report.in_use:

@@ -97,6 +97,7 @@ def packages() -> list[Check]:
     if found[0].ok:
         found[0] = _torch(found[0])
     found += [
+        _compiler(),
         _optional("GGUF files", ("gguf", "sentencepiece"), "pip install 'llmapi[gguf]'"),
         _optional("notebook bars", ("ipywidgets", "ipykernel"), "pip install ipywidgets ipykernel"),
         _mpi(),
@@ -206,6 +207,21 @@ def _optional(name: str, parts: tuple[str, ...], remedy: str) -> Check:
         without = f"without {' and '.join(missing)}"
         return Check(name, False, f"{here}, {without}" if here else without, remedy)
     return Check(name, True, here)
+
+
+def _compiler() -> Check:
+    """Whether the CPU kernels can be compiled; nothing is compiled here."""
+    from llmapi import _env
+    from llmapi._build.cpu_kernels import NoKernels, find_compiler
+
+    name, without = "compiled CPU kernels", "the cpu backend runs on torch's operators, more slowly"
+    if not _env.cpu_kernels():
+        return Check(name, False, f"LLMAPI_CPU_KERNELS is 0: {without}", "unset it")
+    try:
+        path, version = find_compiler()
+    except NoKernels as error:
+        return Check(name, False, f"{error}: {without}", "install g++ or clang++")
+    return Check(name, True, f"by {path}, {version}")
 
 
 def _torch(check: Check) -> Check:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from llmapi._kernels import gated_activation_cuda
+from llmapi._kernels.native import NativeKernels
 from llmapi._kernels.op import Op, Sample
 from llmapi.models.activations import ACTIVATIONS
 
@@ -29,6 +30,20 @@ def _cpu(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     return ACTIVATIONS[kind](gate_up[:, :half]).mul_(gate_up[:, half:])
 
 
+_NATIVE = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # numbers of Activation in csrc_cpu/pointwise.h
+
+
+def _native(kernels: NativeKernels, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind not in _NATIVE:
+        return _cpu(gate_up, kind)
+    gate_up = gate_up.contiguous()
+    rows, half = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, half)
+    threads = torch.get_num_threads()
+    kernels.gated_activation(gate_up.data_ptr(), out.data_ptr(), rows, half, _NATIVE[kind], threads)
+    return out
+
+
 def _samples(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
     for rows, half in ((1, 32), (5, 1536), (33, 129)):
         for kind in ACTIVATIONS:
@@ -43,6 +58,7 @@ GATED_ACTIVATION = Op(
     reference=gated_activation,
     cuda=gated_activation_cuda.gated_activation,
     cpu=_cpu,
+    native=_native,
     samples=_samples,
     tolerance={torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3},
     reason="pointwise in float32; one rounding to the output dtype",

@@ -9,6 +9,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ class Gpu:
         self.l2_bytes: int = properties.L2_cache_size
         self.overlap = self.capability >= (9, 0)
         self._cubins = cubins
+        self._pool: Any = None
         self._ready: dict[Unit, bytes] = {}
         self._modules: dict[Unit, Any] = {}
         self._kernels: dict[tuple[Unit, str], Kernel] = {}
@@ -133,6 +135,40 @@ class Gpu:
         if found is None:
             found = self._kernels[unit, entry] = self._load(unit, entry, signature, shared, overlap and self.overlap)
         return found
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make this the device that torch allocates on and launches to."""
+        return torch.cuda.device(self.device)
+
+    def synchronize(self) -> None:
+        """Wait for all that was launched."""
+        torch.cuda.synchronize(self.device)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free now, once torch has given back what it keeps for later, and bytes in all."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)
+
+    def peak_of(self, run: Callable[[], None]) -> int:
+        """Bytes that running this takes at most, beyond what is allocated before."""
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        run()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """A CUDA graph of what this launches: what replays it, and the result that it writes.
+
+        Graphs of one Gpu share their memory: none may be replayed while another one's result is still needed.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            out = run()
+        if self._pool is None:
+            self._pool = graph.pool()
+        return graph.replay, out
 
     def event(self) -> torch.cuda.Event:
         """A new event, to wait for what is on the stream."""
@@ -171,12 +207,19 @@ class Gpu:
         return Kernel(function, signature, overlap=overlap)
 
     def close(self) -> None:
-        """Unload the modules. Nothing that launches or replays them may run any more."""
+        """Unload the modules, and give back what torch and cuBLAS keep for later. Nothing that launches or replays may
+        run any more, and no tensor should be left.
+        """
         from cuda.bindings import driver
 
         self._kernels.clear()
+        self._pool = None
         while self._modules:
             driver.cuModuleUnload(self._modules.popitem()[1])
+        clear: Any = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if clear is not None:
+            clear()
+        torch.cuda.empty_cache()
 
 
 def _check(error: Any, what: str) -> None:

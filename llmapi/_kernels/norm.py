@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from llmapi._kernels import norm_cuda
+from llmapi._kernels.native import NativeKernels
 from llmapi._kernels.op import Op, Sample
 
 _TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -70,6 +71,44 @@ def _add_layer_norm_cpu(
     return F.layer_norm(total, (total.shape[-1],), weight, bias, eps), total
 
 
+def _rms_norm_native(kernels: NativeKernels, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x, out = x.contiguous(), torch.empty_like(x)
+    rows, threads = x.numel() // x.shape[-1], torch.get_num_threads()
+    kernels.rms_norm(x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), None, rows, x.shape[-1], eps, threads)
+    return out
+
+
+def _add_rms_norm_native(
+    kernels: NativeKernels, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, residual = x.contiguous(), residual.contiguous()
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    rows, threads = x.numel() // x.shape[-1], torch.get_num_threads()
+    kernels.rms_norm(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr(),
+        rows, x.shape[-1], eps, threads,
+    )  # fmt: skip
+    return out, total
+
+
+def _add_layer_norm_native(
+    kernels: NativeKernels,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, residual = x.contiguous(), residual.contiguous()
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    rows, threads = x.numel() // x.shape[-1], torch.get_num_threads()
+    kernels.add_layer_norm(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), total.data_ptr(),
+        rows, x.shape[-1], eps, threads,
+    )  # fmt: skip
+    return out, total
+
+
 def _inputs(generator: torch.Generator, dtype: torch.dtype, count: int) -> Iterator[tuple[str, list[torch.Tensor]]]:
     for rows, width in ((1, 64), (3, 576), (17, 1001), (5, 4096)):
         tensors = [torch.randn(rows, width, generator=generator).mul_(3).to(dtype) for _ in range(count)]
@@ -102,6 +141,7 @@ RMS_NORM = Op(
     reference=rms_norm,
     cuda=norm_cuda.rms_norm,
     cpu=_rms_norm_cpu,
+    native=_rms_norm_native,
     samples=_rms_samples,
     tolerance=_TOLERANCE,
     reason=_REASON,
@@ -113,6 +153,7 @@ ADD_RMS_NORM = Op(
     reference=add_rms_norm,
     cuda=norm_cuda.add_rms_norm,
     cpu=_add_rms_norm_cpu,
+    native=_add_rms_norm_native,
     samples=_add_rms_samples,
     tolerance=_TOLERANCE,
     reason=_REASON,
@@ -124,6 +165,7 @@ ADD_LAYER_NORM = Op(
     reference=add_layer_norm,
     cuda=norm_cuda.add_layer_norm,
     cpu=_add_layer_norm_cpu,
+    native=_add_layer_norm_native,
     samples=_add_layer_samples,
     tolerance=_TOLERANCE,
     reason=_REASON,

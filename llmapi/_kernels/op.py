@@ -40,7 +40,10 @@ class Op:
         cpu: the CPU implementation, called as ``cpu(*args, plan=...)`` where :attr:`reads_plan`, else ``cpu(*args)``;
             None binds the reference.
         cuda: the launch on a GPU, called as ``cuda(gpu, *args)``; None where an engine binds the operator itself.
-        reads_plan: whether ``cpu`` takes the step's :class:`~llmapi._kernels.plan.StepPlanCPU`.
+        native: the compiled CPU implementation for float32, called as ``native(kernels, *args)`` with the
+            :class:`~llmapi._kernels.native.NativeKernels`, and ``plan=...`` where :attr:`reads_plan`; what it does not
+            cover it hands on to ``cpu``. None binds ``cpu``.
+        reads_plan: whether ``cpu`` (and ``native``) takes the step's :class:`~llmapi._kernels.plan.StepPlanCPU`.
         samples: seeded inputs that together exercise every argument, in a dtype.
         tolerance: largest relative error (L2 norm) of an implementation, by dtype.
         reason: why that tolerance.
@@ -56,6 +59,7 @@ class Op:
     reason: str
     cpu: Callable[..., Any] | None = None
     cuda: Callable[..., Any] | None = None
+    native: Callable[..., Any] | None = None
     reads_plan: bool = False
     mutates: tuple[int, ...] = field(default=())
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from llmapi._kernels.native import LANES, MAX_GROUP, MAX_HEAD_DIM, NativeKernels
 from llmapi._kernels.op import Op, Sample
 from llmapi._kernels.plan import CpuPlan, Span
 
@@ -101,6 +102,42 @@ def _cpu(
     grouped = q.view(tokens, kv_heads, heads // kv_heads, head_dim)
     outs = [_attend(grouped, k_cache, v_cache, span, plan, scale, window) for span in plan.spans]
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).reshape(tokens, heads, head_dim)
+
+
+def _native(
+    kernels: NativeKernels,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    *,
+    plan: CpuPlan,
+) -> torch.Tensor:
+    """All sequences in one call."""
+    heads, head_dim = q.shape[1:]
+    block_size, kv_heads = k_cache.shape[1:3]
+    if head_dim % LANES or head_dim > MAX_HEAD_DIM or heads // kv_heads > MAX_GROUP:
+        return _cpu(
+            q, k_cache, v_cache, block_tables, seq_lens, query_start,
+            scale, window, softcap, alibi_slopes, sinks, plan=plan,
+        )  # fmt: skip
+    q, block_tables = q.contiguous(), block_tables.contiguous()
+    out = torch.empty_like(q)
+    kernels.paged_attention(
+        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        block_tables.data_ptr(), seq_lens.data_ptr(), query_start.data_ptr(),
+        None if alibi_slopes is None else alibi_slopes.data_ptr(), None if sinks is None else sinks.data_ptr(),
+        out.data_ptr(), len(seq_lens), block_tables.shape[1], heads, kv_heads, head_dim, block_size,
+        window, scale, softcap, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def _attend(
@@ -194,6 +231,7 @@ PAGED_ATTENTION = Op(
     shape=lambda q, *rest: torch.empty_like(q),
     reference=paged_attention,
     cpu=_cpu,
+    native=_native,
     reads_plan=True,
     samples=_samples,
     tolerance={torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3},

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from llmapi._kernels import rotary_cuda
+from llmapi._kernels.native import NativeKernels
 from llmapi._kernels.op import Op, Sample
 from llmapi._kernels.plan import CpuPlan
 
@@ -102,6 +103,28 @@ def _write_cpu(
     return turned[:, :num_heads]
 
 
+def _write_native(
+    kernels: NativeKernels,
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor | None,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    interleaved: bool,
+    *,
+    plan: CpuPlan,
+) -> torch.Tensor:
+    tokens, (kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    qkv, q = qkv.contiguous(), qkv.new_empty(tokens, heads, head_dim)
+    angles, rotary = (None, 0) if cos_sin is None else (cos_sin.data_ptr(), cos_sin.shape[1])
+    kernels.rotary_kv_write(
+        qkv.data_ptr(), angles, slot_mapping.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), q.data_ptr(),
+        tokens, heads, kv_heads, head_dim, rotary, interleaved, torch.get_num_threads(),
+    )  # fmt: skip
+    return q
+
+
 def _write_shape(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor | None,
@@ -158,6 +181,7 @@ ROTARY_KV_WRITE = Op(
     reference=rotary_kv_write,
     cuda=rotary_cuda.rotary_kv_write,
     cpu=_write_cpu,
+    native=_write_native,
     reads_plan=True,
     mutates=(3, 4),
     samples=_write_samples,

@@ -21,8 +21,10 @@ def units(dtype: str) -> list[Unit]:
     """Specializations that together reach all of the source.
 
     Args:
-        dtype: ``"float16"`` or ``"bfloat16"``.
+        dtype: ``"float16"`` or ``"bfloat16"``; there are none for others.
     """
+    if dtype not in _NAMES.values():
+        return []
     some = [
         (Variant(0, 1), 8, 4096, 1),
         (Variant(0, 1), 64, 4096, 0),
@@ -118,6 +120,18 @@ class SkinnyLinear:
         if variant.cluster and not self._bulk:
             return None
         return Layout.of(variant, rows, n, k, sms=self._gpu.sms, shared_memory=self._gpu.shared_memory)
+
+    def unit(self, rows: int, n: int, k: int, gate: str | None, variant: int) -> Unit:
+        """What a call will need compiled.
+
+        Args:
+            rows, n, k: see :meth:`supports`.
+            gate: as of the call.
+            variant: one of :meth:`variants`.
+        """
+        layout = self.layout(Variant.of(variant), rows, n, k)
+        assert layout is not None, "not a variant of this shape"
+        return layout.unit(_NAMES[self._dtype], GATES[gate])
 
     def __call__(
         self,

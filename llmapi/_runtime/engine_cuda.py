@@ -11,7 +11,7 @@ import torch
 
 from llmapi._build.graph import Graph
 from llmapi._kernels.gpu import Gpu
-from llmapi._kernels.nvrtc import Unit
+from llmapi._kernels.step_cuda import copy_blocks, resolve_ids
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.bind_cuda import Binder, CudaPlan
 from llmapi._runtime.engine import Engine, num_kv_blocks
@@ -66,7 +66,7 @@ class CudaEngine(Engine):
         try:
             values: dict[str, Any] = dict(weights())
             values.update({name: table.to(device) for name, table in constants.items()})
-            self._buffers = StepBuffers(device, config.max_num_tokens, config.max_batch_size, width)
+            self._buffers = StepBuffers(gpu, config.max_num_tokens, config.max_batch_size, width)
             self._binder = Binder(gpu, graph, values, spec, config)
             if tune is not None:
                 tune(self._binder)
@@ -76,16 +76,16 @@ class CudaEngine(Engine):
             tiny = torch.zeros(1, *shape, dtype=dtype, device=device)
             self._program = Program.bind(graph, values | dict.fromkeys(names, tiny), self._binder.implement)
             peak = self._measure_peak()
-            free = lambda: _free_bytes(device, utilization, peak)  # noqa: E731
+            free = lambda: _free_bytes(gpu, utilization, peak)  # noqa: E731
             self.num_blocks = num_kv_blocks(config, spec, free, 1.0)
             self._caches = {n: torch.zeros(self.num_blocks, *shape, dtype=dtype, device=device) for n in names}
         except torch.cuda.OutOfMemoryError as error:
-            raise ConfigError(f"{_memory_line(device, spec, config)}: {error}") from error
+            raise ConfigError(f"{_memory_line(gpu, spec, config)}: {error}") from error
         self._program = Program.bind(graph, values | self._caches, self._binder.implement)
         pointers = [cache.data_ptr() for cache in self._caches.values()]
         self._cache_pointers = torch.tensor(pointers, dtype=torch.int64, device=device)
         self._block_bytes = next(iter(self._caches.values()))[0].nbytes
-        self._graphs = Graphs(config.max_batch_size, config.max_num_tokens)
+        self._graphs = Graphs(gpu, config.max_batch_size, config.max_num_tokens)
 
     def sampler(self, tokenizer: SamplerTokenizer | None) -> Sampler:
         """A sampler that chooses on the GPU."""
@@ -98,7 +98,7 @@ class CudaEngine(Engine):
         """Queue a step; see :class:`Engine`. The logits are valid until the next step."""
         if self._closed:
             raise EngineClosedError("this engine was closed: make a new LLM")
-        with torch.cuda.device(self._gpu.device):
+        with self._gpu.current():
             if batch.copies:
                 self._copy_blocks(batch.copies)
             rows = len(batch.logits_indices)
@@ -122,19 +122,16 @@ class CudaEngine(Engine):
         return logits
 
     def _resolve_ids(self, arrays: Mapping[str, torch.Tensor], sampled: torch.Tensor | None) -> None:
-        ids = arrays["input_ids"]
-        kernel = self._gpu.kernel(Unit.of("step.cu"), "resolve_ids", "pppi")
-        kernel((-(-len(ids) // 256), 1, 1), 256, arrays["source_ids"], sampled, ids, len(ids))
+        resolve_ids(self._gpu, arrays["source_ids"], sampled, arrays["input_ids"])
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        pairs = torch.tensor(copies, dtype=torch.int32).pin_memory().to(self._gpu.device, non_blocking=True)
-        kernel = self._gpu.kernel(Unit.of("step.cu"), "copy_blocks", "ppl")
-        grid = (len(copies), len(self._caches), 1)
-        kernel(grid, 256, self._cache_pointers, pairs, self._block_bytes)
+        device = self._gpu.device
+        pairs = torch.tensor(copies, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        copy_blocks(self._gpu, self._cache_pointers, pairs, self._block_bytes)
 
     def _measure_peak(self) -> int:
         """Bytes that the largest step takes beyond what is allocated now."""
-        config, device = self.config, self._gpu.device
+        config = self.config
         tokens, seqs = config.max_num_tokens, min(config.max_batch_size, config.max_num_tokens)
         each = [tokens // seqs + (i < tokens % seqs) for i in range(seqs)]
         each = [min(n, config.max_seq_len) for n in each]
@@ -146,45 +143,39 @@ class CudaEngine(Engine):
         last = [s - 1 for s in starts[1:]]
         zeros = [0] * total
         batch = StepBatch(zeros, zeros, [-1] * total, blocks, each, starts, last, [1] * seqs, [])
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        with torch.inference_mode(), torch.cuda.device(device):
+
+        def run() -> None:
             shape = StepShape(total, seqs, seqs, total == seqs)
             layout = self._buffers.upload(batch, shape)
             self._resolve_ids(layout.device, None)
             self._run(CudaPlan.of(layout.device, shape, num_decodes(batch)), layout.device)
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+
+        with torch.inference_mode(), self._gpu.current():
+            return self._gpu.peak_of(run)
 
     def close(self) -> None:
         """Give back the GPU's memory: graphs, caches, weights, kernels."""
         if self._closed:
             return
         self._closed = True
-        torch.cuda.synchronize(self._gpu.device)
+        self._gpu.synchronize()
         self._graphs.close()
         del self._program, self._caches, self._binder, self._buffers, self._cache_pointers
         gc.collect()
         self._gpu.close()
-        clear: Any = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-        if clear is not None:
-            clear()
-        torch.cuda.empty_cache()
 
 
-def _free_bytes(device: torch.device, utilization: float, peak: int) -> int:
+def _free_bytes(gpu: Gpu, utilization: float, peak: int) -> int:
     """Bytes for the KV cache: the share of the GPU that may be used, less what is used and what a step needs."""
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = gpu.memory()
     return max(0, int(total * utilization) - (total - free) - peak - RESERVE)
 
 
-def _memory_line(device: torch.device, spec: TransformerSpec, config: EngineConfig) -> str:
-    free, total = torch.cuda.mem_get_info(device)
+def _memory_line(gpu: Gpu, spec: TransformerSpec, config: EngineConfig) -> str:
+    free, total = gpu.memory()
     token = spec.kv_bytes_per_token(config.kv_dtype_bytes)
     return (
-        f"the model does not fit: {torch.cuda.get_device_name(device)} has {total / 2**30:.1f} GiB, of which "
+        f"the model does not fit: {gpu.name} has {total / 2**30:.1f} GiB, of which "
         f"{free / 2**30:.1f} GiB are free now; keys and values take {token:,} bytes a token. Use a smaller model, "
         "max_num_tokens or kv_cache_config, or end other programs that use this GPU"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmapi import _env
-from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, weights_key
+from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, tokenizer_origin, weights_key
 from llmapi._build.key import Key, PartDiff
 from llmapi._build.names import GRAPH_FILE
 from llmapi._build.pipeline import Recipe
@@ -70,10 +70,17 @@ def explain(model: str, **arguments: Any) -> list[Finding]:
         files = _with_weights(snapshot, options) if snapshot.kind == "hub" else snapshot
         recipe = replace(recipe, snapshot=files, dummy_seed=None)
     findings = [_weights(store, recipe), _engine(store, recipe)]
-    if snapshot.kind == "gguf" and not options.skip_tokenizer_init and options.tokenizer is None:
-        (digest,) = snapshot.digests().values()
-        findings.insert(0, _look(store, "tokenizer", tokenizer_key(digest)))
+    if _keeps_tokenizer(snapshot, options):
+        findings.insert(0, _look(store, "tokenizer", tokenizer_key(tokenizer_origin(snapshot))))
     return findings
+
+
+def _keeps_tokenizer(snapshot: Snapshot, options: ModelOptions) -> bool:
+    """Whether a start would look for what is kept of the model's own tokenizer."""
+    if options.skip_tokenizer_init or options.tokenizer is not None:
+        return False
+    plain = options.tokenizer_mode == "auto" and not options.trust_remote_code
+    return snapshot.kind == "gguf" or (plain and bool(snapshot.tokenizer_files))
 
 
 def _split(model: str, arguments: Mapping[str, Any]) -> tuple[ModelOptions, EngineOptions]:

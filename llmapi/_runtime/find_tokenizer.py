@@ -1,18 +1,22 @@
-"""Find the tokenizer: the one handed over, the one named, or the model's own; GGUF's is converted once and cached."""
+"""Find the tokenizer: the one handed over, the one named, or the model's own; what it takes is kept in the cache."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmapi._build.pipeline import Builder
 from llmapi._digests import DigestMemory
+from llmapi._frozen_tokenizer import thaw
 from llmapi._source import Snapshot, resolve
 from llmapi._tokenizer import Tokenizer
-from llmapi.errors import ConfigError
+from llmapi.errors import CacheError, ConfigError
 
 if TYPE_CHECKING:
     from llmapi._runtime.start import ModelOptions
+
+log = logging.getLogger("llmapi")
 
 
 def find_tokenizer(
@@ -41,6 +45,7 @@ def find_tokenizer(
         return given
     if isinstance(given, (str, Path)):
         home = _named(given, options, digests)
+        builder.report.hub_calls += home.hub_calls if isinstance(home, Snapshot) else 0
     elif given is not None:
         if not all(hasattr(given, name) for name in ("decode", "eos_token_id", "all_special_ids")):
             raise ConfigError(f"tokenizer={given!r}: give a Hugging Face id, a folder or a tokenizer of transformers")
@@ -68,17 +73,36 @@ def _has_tokenizer(snapshot: Snapshot) -> bool:
 
 
 def _load(home: Snapshot | Path, options: ModelOptions, builder: Builder) -> Tokenizer:
-    if isinstance(home, Path):
-        folder = home
-    elif home.kind == "gguf":
-        file = home.path
+    mode, trust = options.tokenizer_mode, options.trust_remote_code
+    plain = mode == "auto" and not trust
+    kept = _keep(home, builder) if isinstance(home, Snapshot) and (home.kind == "gguf" or plain) else None
+    folder = home if isinstance(home, Path) else home.path
+    if kept is not None and isinstance(home, Snapshot) and home.kind == "gguf":
+        folder = kept
 
-        def convert(target: Path) -> None:
-            Tokenizer.load(file.parent, gguf_file=file.name).save(target)
-
-        folder = builder.tokenizer(home, convert)
-    else:
-        folder = home.path
-    with builder.report.phase("tokenizer"):
-        mode, trust = options.tokenizer_mode, options.trust_remote_code
+    def read() -> Tokenizer:
         return Tokenizer.load(folder, mode=mode, trust_remote_code=trust)  # type: ignore[arg-type]
+
+    with builder.report.phase("tokenizer") as phase:
+        frozen = thaw(kept) if kept is not None and plain else None
+        phase.note = "read by transformers" if frozen is None else "frozen"
+        return read() if frozen is None else Tokenizer.of_frozen(frozen, lambda: read().backend, str(folder))
+
+
+def _keep(home: Snapshot, builder: Builder) -> Path | None:
+    """Folder of the cache with what is kept of a model's tokenizer; None where the cache cannot be written."""
+
+    def convert(target: Path) -> None:
+        source = home.path
+        if home.kind == "gguf":
+            Tokenizer.load(home.path.parent, gguf_file=home.path.name).save(target)
+            source = target
+        Tokenizer.load(source).freeze(target)
+
+    try:
+        return builder.tokenizer(home, convert)
+    except CacheError as error:
+        if home.kind == "gguf":
+            raise
+        log.warning("the tokenizer is read anew at each start: %s", error)
+        return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llmapi._build.weights import tensor_specs
 from llmapi.config import EngineConfig, EngineOptions, resolve
 from llmapi.errors import ConfigError
 from llmapi.models.family import spec_of
@@ -63,6 +62,8 @@ def complain(spec: TransformerSpec, config: EngineConfig, utilization: float, fr
     Raises:
         ConfigError: it does not fit.
     """
+    from llmapi._build.weights import tensor_specs  # imports torch
+
     weights = sum(s.nbytes for s in tensor_specs(spec, config.dtype))
     block = config.block_size * spec.kv_bytes_per_token(config.kv_dtype_bytes)
     usable = int(total * utilization) - (total - free)

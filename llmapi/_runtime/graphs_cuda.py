@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from llmapi._kernels.gpu import Gpu
 from llmapi._runtime.step_buffers import StepShape
 
 log = logging.getLogger("llmapi")
@@ -26,15 +26,16 @@ class Graphs:
     """CUDA graphs by shape.
 
     Args:
+        gpu: the device.
         max_seqs, max_tokens: limits of a step.
     """
 
-    def __init__(self, max_seqs: int, max_tokens: int) -> None:
+    def __init__(self, gpu: Gpu, max_seqs: int, max_tokens: int) -> None:
+        self._gpu = gpu
         self._decode = [n for n in _decode_buckets(max_seqs) if n <= max_tokens]
         self._mixed = [n for n in (16, 32, 64, 128, 256, MOST_PROMPT_TOKENS) if n <= max_tokens]
         self._max_seqs = max_seqs
-        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._pool: Any = None
+        self._graphs: dict[StepShape, tuple[Callable[[], None], torch.Tensor]] = {}
 
     def shape(self, wanted: StepShape) -> StepShape | None:
         """The bucket that a step fits into; None where it is not worth a graph.
@@ -64,22 +65,16 @@ class Graphs:
         if found is None:
             begin = time.perf_counter()
             run()  # compiles, loads and allocates whatever must not happen while capturing
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                out = run()
-            if self._pool is None:
-                self._pool = graph.pool()
-            found = self._graphs[shape] = (graph, out)
+            self._gpu.synchronize()
+            found = self._graphs[shape] = self._gpu.capture(run)
             log.debug("captured %s in %.2f s", shape, time.perf_counter() - begin)
-        graph, out = found
-        graph.replay()
+        replay, out = found
+        replay()
         return out
 
     def close(self) -> None:
         """Drop the graphs and their memory."""
         self._graphs.clear()
-        self._pool = None
 
 
 def _decode_buckets(most: int) -> list[int]:

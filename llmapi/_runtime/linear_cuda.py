@@ -12,8 +12,10 @@ from llmapi._kernels.gated_activation_cuda import gated_activation
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
 
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+ROWS = (1, 8, 16, 24, 32, 48, 64)
 """Numbers of rows for which linear layers are tuned; others take the choice of the next larger one."""
+
+_MOST_VARIANTS = 6  # of the kernel's own ranking that are measured
 
 CUBLAS = -1
 """The choice that stands for torch's own product."""
@@ -56,17 +58,29 @@ class LinearChoices:
             groups: fused activation and weights of linear layers of one shape.
             rows: numbers of rows to measure.
         """
-        for gate, weights in groups:
+        kernel = self.kernel
+        if kernel is None:
+            return
+        cases = [
+            (count, gate, weights, kernel.variants(count, *weights[0].shape)[:_MOST_VARIANTS])
+            for gate, weights in groups
+            for count in rows
+            if kernel.supports(count, *weights[0].shape)
+        ]
+        self.gpu.prefetch(
+            kernel.unit(count, weights[0].shape[0], weights[0].shape[1], gate, variant)
+            for count, gate, weights, variants in cases
+            for variant in variants
+        )
+        for count, gate, weights, variants in cases:
             n, k = weights[0].shape
-            for count in rows:
-                if self.kernel is not None and self.kernel.supports(count, n, k):
-                    self.table[self.name(count, n, k, gate)] = self._fastest(count, gate, weights)
+            self.table[self.name(count, n, k, gate)] = self._fastest(kernel, count, gate, weights, variants)
 
-    def _fastest(self, rows: int, gate: str | None, weights: list[torch.Tensor]) -> int:
+    def _fastest(
+        self, kernel: SkinnyLinear, rows: int, gate: str | None, weights: list[torch.Tensor], variants: list[int]
+    ) -> int:
         n, k = weights[0].shape
         x = torch.randn(rows, k, device=weights[0].device).to(weights[0].dtype)
-        kernel = self.kernel
-        assert kernel is not None
 
         def product(weight: torch.Tensor) -> None:
             out = F.linear(x, weight)
@@ -77,7 +91,7 @@ class LinearChoices:
             out = torch.empty(rows, n // 2 if gate else n, dtype=x.dtype, device=x.device)
             return lambda weight: kernel(out, x, weight, None, gate=gate, variant=variant)
 
-        candidates = {CUBLAS: product} | {variant: own(variant) for variant in kernel.variants(rows, n, k)}
+        candidates = {CUBLAS: product} | {variant: own(variant) for variant in variants}
         times = {name: _time(call, weights) for name, call in candidates.items()}
         return min(times, key=lambda name: times[name])
 
@@ -121,7 +135,7 @@ class CudaLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, in]`` to ``[T, out]``, or half as many columns with a gate."""
         rows, (n, k) = x.shape[0], self._weight.shape
-        variant = self._choices.variant(rows, n, k, self._gate)
+        variant = self._choices.variant(rows, n, k, self._gate) if rows else None
         if variant is None:
             out = F.linear(x, self._weight, self._bias)
             return out if self._gate is None else gated_activation(self._choices.gpu, out, self._gate)

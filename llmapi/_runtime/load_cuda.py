@@ -82,7 +82,6 @@ def load_cuda(
         )
     except BaseException:
         gpu.close()
-        torch.cuda.empty_cache()
         raise
 
 

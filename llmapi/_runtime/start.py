@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmapi import _env, _progress
 from llmapi._build.checkpoint import read_config
@@ -16,7 +17,6 @@ from llmapi._build.report import BuildReport
 from llmapi._build.saved import SavedEngine, is_saved, load_saved
 from llmapi._build.store import Store
 from llmapi._digests import DigestMemory
-from llmapi._runtime.engine import Engine
 from llmapi._runtime.find_tokenizer import find_tokenizer
 from llmapi._runtime.fit import check_config_file, check_fits
 from llmapi._source import Snapshot
@@ -26,6 +26,11 @@ from llmapi.config import EngineConfig, EngineOptions, resolve
 from llmapi.errors import CheckpointError, ConfigError, unknown_name
 from llmapi.models.family import family_of, spec_of
 from llmapi.models.spec import TransformerSpec
+
+if TYPE_CHECKING:
+    from llmapi._runtime.engine import Engine
+
+log = logging.getLogger("llmapi")
 
 LOAD_FORMATS = ("auto", "dummy")
 TOKENIZER_MODES = ("auto", "slow")
@@ -105,6 +110,8 @@ def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
         engine: how it is to run.
     """
     report = BuildReport(str(options.model))
+    with report.phase("import"):
+        import torch  # noqa: F401  (the engine and every build need it; a second start finds it imported)
     root = _env.cache_dir() if options.cache_dir is None else full_path("cache_dir", options.cache_dir)
     store = Store(root)
     builder = Builder(store, report, progress=options.progress)
@@ -112,11 +119,15 @@ def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
     try:
         folder = saved_folder(options.model)
         if folder is not None:
-            return _from_saved(load_saved(folder), options, engine, builder, report, digests)
-        return _from_source(options, engine, builder, report, digests)
+            prepared = _from_saved(load_saved(folder), options, engine, builder, report, digests)
+        else:
+            prepared = _from_source(options, engine, builder, report, digests)
     except BaseException:
         builder.close()
         raise
+    report.hashed_bytes = digests.hashed_bytes
+    log.info("%s", report.line)
+    return prepared
 
 
 def full_path(what: str, path: str | os.PathLike[str]) -> Path:
@@ -152,12 +163,12 @@ def _from_source(
 ) -> Prepared:
     with report.phase("fetch"):
         snapshot, config_json, recipe = find_recipe(options, engine, digests)
+        report.hub_calls += snapshot.hub_calls
     spec, config = recipe.spec, recipe.config
     tokenizer = find_tokenizer(options, snapshot, builder, digests)
     makes_weights = config.backend == "cuda" and recipe.dummy_seed is not None  # on the GPU, in no time
     weights = None if makes_weights else builder.weights(recipe)
     compiled = builder.engine(recipe, snapshot.model)
-    report.hashed_bytes = digests.hashed_bytes
     stops = _stop_token_ids(snapshot, config_json, tokenizer)
     return Prepared(
         spec, config, tokenizer, stops, weights, compiled, builder, report, snapshot.model,
@@ -269,6 +280,8 @@ def load_engine(prepared: Prepared, *, progress: bool) -> Engine:
     tables = TensorFile(prepared.engine / CONSTANTS_FILE)
     graph = Graph.parse((prepared.engine / GRAPH_FILE).read_text(encoding="utf-8"))
     constants = {name: tables.read([name]) for name in tables.names()}
+    native = prepared.config.backend == "cpu" and prepared.config.dtype == "float32"
+    kernels = prepared.builder.cpu_kernels() if native else None
     with prepared.report.phase("load") as phase:
         weights = None if prepared.weights is None else TensorFile(prepared.weights / WEIGHTS_FILE)
         engine: Engine
@@ -281,7 +294,7 @@ def load_engine(prepared: Prepared, *, progress: bool) -> Engine:
 
             assert weights is not None
             with _progress.bar("load", 1, enabled=progress) as done:
-                engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config)
+                engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config, kernels)
                 done(1)
         phase.nbytes = 0 if weights is None else weights.nbytes
         phase.note = f"{engine.num_blocks} KV blocks of {prepared.config.block_size} tokens"

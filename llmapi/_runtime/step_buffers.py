@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llmapi._kernels.gpu import Gpu
 from llmapi._runtime.batch import StepBatch
 
 _ALIGNMENT = 4  # int32s: 16 bytes
@@ -61,22 +62,23 @@ class StepBuffers:
     """Buffers for steps up to some size.
 
     Args:
-        device: the GPU.
+        gpu: the device.
         max_tokens, max_seqs: limits of a step.
         table_width: most blocks of a sequence.
     """
 
-    def __init__(self, device: torch.device, max_tokens: int, max_seqs: int, table_width: int) -> None:
+    def __init__(self, gpu: Gpu, max_tokens: int, max_seqs: int, table_width: int) -> None:
+        device, pinned = gpu.device, gpu.device.type == "cuda"
         largest = StepShape(max_tokens, max_seqs, max_tokens, False)
         total = sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in largest.sections().values())
-        self._pinned = torch.empty(total, dtype=torch.int32, pin_memory=True)
+        self._pinned = torch.empty(total, dtype=torch.int32, pin_memory=pinned)
         self._device = torch.zeros(total, dtype=torch.int32, device=device)
         self._ids = torch.zeros(max_tokens, dtype=torch.int32, device=device)
-        self._pinned_tables = torch.zeros(max_seqs, table_width, dtype=torch.int32, pin_memory=True)
+        self._pinned_tables = torch.zeros(max_seqs, table_width, dtype=torch.int32, pin_memory=pinned)
         self.tables = torch.zeros(max_seqs, table_width, dtype=torch.int32, device=device)
         self._owners: list[tuple[list[int], int, int] | None] = [None] * max_seqs
         self._layouts: dict[StepShape, Layout] = {}
-        self._copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied = gpu.event()
         self._stream_copied = False
 
     def layout(self, shape: StepShape) -> Layout:
@@ -158,6 +160,9 @@ def _fill(to: Ints, values: Sequence[int], rest: int) -> None:
 
 def _copy_rectangle(to: torch.Tensor, pinned: torch.Tensor, rows: int, columns: int) -> None:
     """Copy ``[:rows, :columns]`` of two int32 tables of one shape, in one operation of torch's current stream."""
+    if not to.is_cuda:
+        to[:rows, :columns] = pinned[:rows, :columns]
+        return
     from cuda.bindings import runtime
 
     pitch = to.shape[1] * 4

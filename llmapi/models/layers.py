@@ -70,15 +70,23 @@ class Attention(nn.Module):
         self.softcap = spec.softcap
         self.interleaved = spec.rope is not None and spec.rope.interleaved
 
-    def forward(self, x: torch.Tensor, step: StepInputs, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-        """``[T, hidden]`` to the same; writes this step's keys and values into the caches."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        step: StepInputs,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[T, hidden]`` to the same, or to the named rows; writes this step's keys and values into the caches."""
         qkv = torch.cat((self.q(x), self.k(x), self.v(x)), -1)
         q = ops.rotary_kv_write(qkv, step.cos_sin, step.slot_mapping, k_cache, v_cache, self.interleaved)
         attended = ops.paged_attention(
             q, k_cache, v_cache, step.block_tables, step.seq_lens, step.query_start,
             self.scale, self.window, self.softcap, None, None,
         )  # fmt: skip
-        out: torch.Tensor = self.o(attended.view(-1, self.size))
+        attended = attended.view(-1, self.size)
+        out: torch.Tensor = self.o(attended if rows is None else attended.index_select(0, rows))
         return out
 
 
@@ -137,8 +145,19 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(spec)
         self.mlp = GatedMLP(spec) if spec.gated else MLP(spec)
 
-    def forward(self, x: torch.Tensor, step: StepInputs, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-        """``[T, hidden]`` to the same."""
-        x = x + self.attn(self.attn_norm(x), step, k_cache, v_cache)
+    def forward(
+        self,
+        x: torch.Tensor,
+        step: StepInputs,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[T, hidden]`` to the same, or to ``[N, hidden]``, the named rows alone.
+
+        Every row's key and value are written; what follows the attention is computed for the named rows only.
+        """
+        attended = self.attn(self.attn_norm(x), step, k_cache, v_cache, rows)
+        x = (x if rows is None else x.index_select(0, rows)) + attended
         out: torch.Tensor = x + self.mlp(self.mlp_norm(x))
         return out

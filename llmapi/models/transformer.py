@@ -71,9 +71,11 @@ class Transformer(nn.Module):
         if self.spec.rope is not None:
             cos_sin = ops.rotary_cos_sin(positions, self.inv_freq, self.spec.rope.attention_factor)
         step = StepInputs(slot_mapping, block_tables, seq_lens, query_start, cos_sin)
-        for layer, k_cache, v_cache in zip(self.layers, k_caches, v_caches, strict=True):
-            x = layer(x, step, k_cache, v_cache)
-        x = self.norm(x.index_select(0, logits_indices))
+        for i, (layer, k_cache, v_cache) in enumerate(zip(self.layers, k_caches, v_caches, strict=True)):
+            # After its attention the last layer only matters for the rows whose logits are wanted.
+            rows = logits_indices if i == len(self.layers) - 1 else None
+            x = layer(x, step, k_cache, v_cache, rows)
+        x = self.norm(x)
         table = self.embed.weight if self.spec.tie_word_embeddings else self.lm_head.weight
         bias = self.lm_head.bias if self.spec.lm_head_bias else None
         return nn.functional.linear(x, table, bias)

@@ -77,8 +77,6 @@ def act_kill_at(root: str, n: int, at: int, what: str, archive: str = "") -> dic
         store.prune(0)
     elif what == "import":
         store.import_(Path(archive))
-    elif what == "memo":
-        store.memo_put("fact", make_key(n), {"n": n})
     return {"touched": seen}
 
 
@@ -192,7 +190,7 @@ def act_full_disk(root: str, n: int, enlarge: list[str], need: bool = False, lim
 
 
 def leftovers(root: Path) -> list[str]:
-    """Everything a store has no reason to keep: all but sound entries, the clock and memos."""
+    """Everything a store has no reason to keep: all but sound entries and the clock."""
     sound = [root / "v1" / e.kind / e.digest for e in Store(root).entries()]
     keep = {"clock"}
     found = []
@@ -209,11 +207,9 @@ def act_read_only(root: str, n: int, other: int) -> dict:
     store = Store(Path(root))
     with store.get("engine", make_key(n)) as entry:
         check(entry, n)
-    memo = store.memo_get("fact", make_key(n))
     said = {}
     for what, call in {
         "build": lambda: store.build("engine", make_key(other), "tiny", builder_of(other)),
-        "memo": lambda: store.memo_put("fact", make_key(other), {}),
         "prune": lambda: store.prune(0),
     }.items():
         try:
@@ -222,7 +218,7 @@ def act_read_only(root: str, n: int, other: int) -> dict:
             said[what] = str(error)
     with store.build("engine", make_key(n), "tiny", builder_of(n)) as entry:
         check(entry, n)
-    return {"hits": store.snapshot().hits, "said": said, "memo": memo, "problems": len(store.verify())}
+    return {"hits": store.snapshot().hits, "said": said, "problems": len(store.verify())}
 
 
 if __name__ == "__main__":

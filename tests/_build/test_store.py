@@ -51,7 +51,6 @@ def test_construction_and_lookup_touch_nothing(tmp_path):
     store = Store(tmp_path / "none" / "cache")
     assert store.get("engine", key()) is None
     assert store.entries() == [] and store.verify() == [] and store.nearest("engine", key()) is None
-    assert store.memo_get("fact", key()) is None
     assert not (tmp_path / "none").exists()
 
 
@@ -104,7 +103,6 @@ def test_files_are_for_the_user_only(store):
             staging.file("sub/b").write_bytes(b"2")
 
         store.build("engine", key(), "", builder).close()
-        store.memo_put("fact", key(), {})
     finally:
         os.umask(old)
     for path in [store.root, *store.root.rglob("*")]:
@@ -177,7 +175,7 @@ def test_names_that_no_entry_takes(name):
 
 
 def test_kinds_that_no_store_takes(store):
-    for kind in ("", "staging", "memo", "../x", "A", "a/b", ".a", "x" * 33):
+    for kind in ("", "staging", "clock", "../x", "A", "a/b", ".a", "x" * 33):
         with pytest.raises(CacheError):
             store.get(kind, key())
 
@@ -234,17 +232,6 @@ def test_large_files_are_not_hashed_on_a_hit(store):
     assert store.snapshot().hashed_bytes == 1 + size + 1  # its time changed: hashed once ...
     store.get("weights", key()).close()
     assert store.snapshot().hashed_bytes == 1 + size + 2  # ... and then known again
-
-
-def test_memo(store):
-    store.memo_put("recipe", key(1), {"graph": "abc"})
-    store.memo_put("recipe", key(1), {"graph": "def"})
-    assert store.memo_get("recipe", key(1)) == {"graph": "def"}
-    assert store.memo_get("recipe", key(2)) is None and store.memo_get("other", key(1)) is None
-    path = store.root / "v1/memo/recipe" / f"{key(1).digest}.json"
-    path.rename(path.with_name(f"{key(2).digest}.json"))
-    assert store.memo_get("recipe", key(2)) is None  # a memo is believed for its own key only
-    assert store.entries() == [] and not list((store.root / "v1/staging").iterdir())
 
 
 # ---- keeping house
@@ -410,6 +397,11 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypat
         ("lustre", "rw,localflock", True),
         ("cifs", "rw,nobrl", True),
         ("fuse.sshfs", "rw", True),
+        ("fuse.gcsfuse", "rw", True),
+        ("fuse.s3fs", "rw", True),
+        ("gfs2", "rw,localflocks", True),
+        ("ceph", "rw", False),
+        ("tmpfs", "rw", False),
         ("ext4", "rw", False),
     ],
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from llmapi._build.store import disk as store_disk, lock as store_lock, manifest as store_manifest, memo as store_memo, staging as store_staging, use as store_use
+from llmapi._build.store import disk as store_disk, lock as store_lock, manifest as store_manifest, staging as store_staging, use as store_use
 from llmapi._build.store import Store
 from llmapi._build.store.disk import Layout
 from llmapi.errors import CacheError
@@ -113,20 +113,17 @@ def test_kill_at_moments_of_a_pruning(root, tmp_path):
         assert leftovers(root) == []
 
 
-@pytest.mark.parametrize("action", ["import", "memo"])
-def test_kill_at_moments_of_an_import_and_of_a_memo(tmp_path, action):
+def test_kill_at_moments_of_an_import(tmp_path):
     build(tmp_path / "source", 1)
     Store(tmp_path / "source").export([make_key(1).digest], tmp_path / "a.tar")
-    touched = run("kill_at", root=tmp_path / "c0", n=1, at=0, what=action, archive=tmp_path / "a.tar")["touched"]
+    touched = run("kill_at", root=tmp_path / "c0", n=1, at=0, what="import", archive=tmp_path / "a.tar")["touched"]
     for i, at in enumerate(moments(touched, 6, seed=7), start=1):
         root = tmp_path / f"c{i}"
-        killed = run("kill_at", root=root, n=1, at=at, what=action, archive=tmp_path / "a.tar")
+        killed = run("kill_at", root=root, n=1, at=at, what="import", archive=tmp_path / "a.tar")
         assert killed == -signal.SIGKILL
-        if Store(root).memo_get("fact", make_key(1)) not in (None, {"n": 1}):
-            pytest.fail("half a memo was believed")
         assert Store(root).verify() == []
         build(root, 1)
-        assert [x for x in leftovers(root) if not x.startswith("v1/memo/")] == []
+        assert leftovers(root) == []
 
 
 def together(root, marks, count, die):
@@ -224,13 +221,12 @@ def test_sweepers_disturb_nobody(root):
         for n in range(1, 25):
             store = Store(root, budget_bytes=10**9)
             store.build("engine", make_key(n), "tiny", builder_of(n)).close()
-            store.memo_put("fact", make_key(n), {"n": n})
             store.remove(make_key(n).digest)
     finally:
         done.set()
         for t in sweepers:
             t.join()
-    assert [x for x in leftovers(root) if "memo" not in x] == []
+    assert leftovers(root) == []
 
 
 # ---- eviction beside readers
@@ -447,14 +443,12 @@ def test_a_clock_going_backwards_does_not_turn_the_order_of_use(root, monkeypatc
 def test_two_versions_share_a_root(root, monkeypatch):
     build(root, 1)
     build(root, 2)
-    Store(root).memo_put("fact", make_key(1), {"v": 1})
     before = {p: p.read_bytes() for p in (root / "v1").rglob("*") if p.is_file()}
     with monkeypatch.context() as patch:
-        for module in (store_disk, store_manifest, store_memo):
+        for module in (store_disk, store_manifest):
             patch.setattr(module, "SCHEMA", 2)
         store = Store(root, budget_bytes=10**9)
         assert store.entries() == [] and store.get("engine", make_key(1)) is None
-        assert store.memo_get("fact", make_key(1)) is None
         build(root, 1)
         (root / "v1/staging/deadbeef").mkdir()
         assert store.verify() == [] and len(store.prune(0).removed) == 1
@@ -554,14 +548,13 @@ def test_a_limit_on_file_sizes_reads_like_a_full_disk(tmp_path):
 
 def test_read_only_root(mounts, root):
     build(root, 1)
-    Store(root).memo_put("fact", make_key(1), {"graph": "abc"})
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
     script = 'mount --bind "$1" "$1"; mount -o remount,ro,bind "$1"; shift; exec "$@"'
     done = namespace(script, root, *command("read_only", root=root, n=1, other=2))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["hits"] == 2 and result["memo"] == {"graph": "abc"} and result["problems"] == 0
-    for what in ("build", "memo", "prune"):
+    assert result["hits"] == 2 and result["problems"] == 0
+    for what in ("build", "prune"):
         assert "cannot be written" in result["said"][what] and "LLMAPI_CACHE_DIR" in result["said"][what]
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()} == before
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmapi._build.checkpoint import open_checkpoint, read_config
+from llmapi._build.file_span import FileSpan
+from llmapi._build.store.hashing_file import HashingFile
+from llmapi._build.store.manifest import FileRecord
 from llmapi._build.tensor_file import TensorFile, TensorSpec, write_tensors
-from llmapi._build.weights import converted, dummy, tensor_specs
+from llmapi._build.weights import converted, dummy, tensor_specs, write_weights
+from llmapi._digests import DigestMemory
+from llmapi._source import resolve
 from llmapi.errors import CacheError, CheckpointError
 from llmapi.models.family import family_of, spec_of
 from tests.models.test_parity import Memory, state_of
@@ -105,6 +113,59 @@ def test_dummy_weights_follow_the_seed_and_the_name_alone() -> None:
     assert not torch.equal(first[specs[0].name], other)
     assert torch.equal(first["norm.weight"], torch.ones(64))
     assert 0.015 < float(first["embed.weight"].std()) < 0.025
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize("lend", [True, False])
+def test_tensors_come_straight_from_their_file(
+    dtype: str, lend: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spans read in pieces give the values that mapped tensors give, cast or not, whole or some rows."""
+    for module in ("llmapi._build.tensor_file._CHUNK", "llmapi._build.store.hashing_file._PIECE"):
+        monkeypatch.setattr(module, 4096)  # several pieces for each matrix, and a last one that is shorter
+    folder = tmp_path / "m"
+    model = tiny_model(tiny_config("llama")).bfloat16()
+    model.save_pretrained(str(folder), max_shard_size="100KB")
+    snapshot = resolve(str(folder), digests=DigestMemory(tmp_path / "digests"))
+    config = read_config(snapshot)
+    spec, family = spec_of(config), family_of(config)
+    specs = tensor_specs(spec, dtype)
+    with open_checkpoint(snapshot) as checkpoint:
+        values = converted(checkpoint, family, spec, specs)
+        assert all(isinstance(values(s), FileSpan) for s in specs)
+        path = tmp_path / "out.safetensors"
+        if lend:
+            records: list[FileRecord] = []
+            with HashingFile(path, records.append) as out:
+                write_weights(out, specs, values, lambda done: None)
+            assert records == [FileRecord(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())]
+        else:
+            with path.open("wb") as plain:
+                write_weights(plain, specs, values, lambda done: None)
+        monkeypatch.setattr(type(checkpoint), "span", lambda self, name: None)
+        with (tmp_path / "mapped.safetensors").open("wb") as mapped:
+            write_weights(mapped, specs, converted(checkpoint, family, spec, specs), lambda done: None)
+    assert path.read_bytes() == (tmp_path / "mapped.safetensors").read_bytes()
+    theirs = load_file(str(path))
+    assert torch.equal(theirs["norm.weight"], model.model.norm.weight.detach().to(getattr(torch, dtype)))
+
+
+def test_rows_of_a_span() -> None:
+    span = FileSpan(Path("x"), 100, torch.float16, (6, 5))
+    assert span.nbytes == 60
+    assert span.rows(2, 4) == FileSpan(Path("x"), 120, torch.float16, (2, 5))
+    assert span.rows(4, 99) == FileSpan(Path("x"), 140, torch.float16, (2, 5))
+    assert span.rows(7, 9).shape == (0, 5)
+
+
+def test_a_shard_cut_short_while_it_is_converted(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(bytes(100))
+    spec = TensorSpec("a", "float32", (64,))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors ends at byte 100, inside a tensor"):
+        write_tensors(io.BytesIO(), [spec], lambda s: FileSpan(file, 10, torch.float32, (64,)))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        write_tensors(io.BytesIO(), [spec], lambda s: FileSpan(tmp_path / "none", 0, torch.float32, (64,)))
 
 
 MEASURE = """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from llmapi._kernels import OPS, Op, Sample, relative_error
+from llmapi._kernels.native import NativeKernels
 from llmapi._kernels.plan import CpuPlan
 
 torch.set_num_threads(1)
@@ -48,6 +51,78 @@ def test_cpu_implementation_matches_reference(op: Op, dtype: torch.dtype) -> Non
         for a, e in zip(actual, expected, strict=True):
             assert a.dtype == e.dtype and a.shape == e.shape, sample.label
             assert relative_error(a, e) <= op.tolerance[dtype], sample.label
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """New tensors are full of NaN, so that what a kernel leaves out is seen."""
+    torch.set_num_threads(request.param)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.native], ids=lambda op: op.name)
+def test_compiled_implementation_matches_reference(op: Op, kernels: NativeKernels, poisoned: None) -> None:
+    assert op.native is not None
+    for sample in samples(op, torch.float32):
+        expected = run(op, op.reference, sample.args)
+        extra = {"plan": plan_for(op, sample.args)} if op.reads_plan else {}
+        actual = run(op, partial(op.native, kernels), sample.args, **extra)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.dtype == e.dtype and a.shape == e.shape, sample.label
+            assert relative_error(a, e) <= op.tolerance[torch.float32], sample.label
+
+
+@pytest.mark.parametrize(("block_size", "dim", "heads", "kv_heads"), [(16, 64, 9, 3), (7, 48, 8, 1), (1, 16, 2, 2)])
+@pytest.mark.parametrize("window", [0, 5, 100])
+def test_compiled_attention_over_many_chunks(
+    block_size: int, dim: int, heads: int, kv_heads: int, window: int, kernels: NativeKernels, poisoned: None
+) -> None:
+    """Prompts of several tiles, chunks that end anywhere, windows that skip whole chunks; unwritten slots are NaN."""
+    generator = torch.Generator().manual_seed(11)
+    op = OPS["llmapi.paged_attention.default"]
+    assert op.native is not None
+    for ragged in ([(200, 200), (1, 129), (70, 333), (1, 64), (33, 65)], [(1, n) for n in (1, 63, 64, 65, 128, 300)]):
+        needed = [-(-length // block_size) for _, length in ragged]
+        blocks = torch.randperm(sum(needed), generator=generator)
+        tables = torch.full((len(ragged), max(needed)), 10**6, dtype=torch.int32)
+        caches = [torch.full((sum(needed), block_size, kv_heads, dim), torch.nan) for _ in range(2)]
+        for row, ((_, length), ids) in enumerate(zip(ragged, torch.split(blocks, needed), strict=True)):
+            tables[row, : len(ids)] = ids
+            slots = (ids[:, None] * block_size + torch.arange(block_size)).flatten()[:length]
+            for cache in caches:
+                cache.view(-1, kv_heads, dim)[slots] = torch.randn(length, kv_heads, dim, generator=generator)
+        lengths = torch.tensor([length for _, length in ragged], dtype=torch.int32)
+        starts = torch.tensor([0, *(count for count, _ in ragged)]).cumsum(0).int()
+        q = torch.randn(int(starts[-1]), heads, dim, generator=generator)
+        args = (q, *caches, tables, lengths, starts, dim**-0.5, window, 0.0, None, None)
+        actual = op.native(kernels, *args, plan=plan_for(op, args))
+        assert relative_error(actual, op.reference(*args)) <= op.tolerance[torch.float32]
+
+
+def test_compiled_attention_leaves_odd_heads_to_torch(kernels: NativeKernels) -> None:
+    """Heads whose size is no multiple of the vector's."""
+    op = OPS["llmapi.paged_attention.default"]
+    assert op.native is not None
+    q, caches = torch.randn(2, 2, 20), [torch.randn(3, 4, 1, 20) for _ in range(2)]
+    ints = (torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32))
+    args = (q, *caches, *ints, torch.tensor([0, 2], dtype=torch.int32), 0.2, 0, 0.0, None, None)
+    actual = op.native(kernels, *args, plan=plan_for(op, args))
+    assert relative_error(actual, op.reference(*args)) <= op.tolerance[torch.float32]
+
+
+def test_compiled_rotation_skips_negative_slots(kernels: NativeKernels) -> None:
+    op = OPS["llmapi.rotary_kv_write.default"]
+    assert op.native is not None
+    caches = [torch.zeros(1, 8, 1, 4) for _ in range(2)]
+    slots = torch.tensor([-1, 3], dtype=torch.int32)
+    op.native(kernels, torch.ones(2, 12), None, slots, *caches, False, plan=CpuPlan(slots.long(), []))
+    assert caches[0].sum() == 4 and caches[0][0, 3].sum() == 4
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)

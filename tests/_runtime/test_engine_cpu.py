@@ -12,10 +12,11 @@ from llmapi._build.export import export_graph
 from llmapi._build.graph import Graph, Node
 from llmapi._build.tensor_file import TensorFile, write_tensors
 from llmapi._build.weights import dummy, tensor_specs
+from llmapi._kernels.native import NativeKernels
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine import num_kv_blocks
 from llmapi._runtime.engine_cpu import CpuEngine, available_memory
-from llmapi._runtime.linear_cpu import PackedLinear, can_pack
+from llmapi._runtime.linear_cpu import NativeLinear, PackedLinear, can_pack
 from llmapi.config import EngineConfig, EngineOptions, KvCacheConfig, resolve
 from llmapi.errors import BuildError, ConfigError, EngineClosedError
 from llmapi.models.family import spec_of
@@ -107,6 +108,39 @@ def test_packed_linears_are_linears(bias: bool) -> None:
         assert torch.allclose(linear(x[:rows]).double(), expected[:rows], atol=1e-5)
         if rows > 2:
             assert torch.equal(linear(x[:rows]), whole[:rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("size", "width"), [(1, 1), (7, 33), (16, 31), (64, 96), (33, 130), (576, 64)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_linears_are_linears(size: int, width: int, bias: bool, threads: int, kernels: NativeKernels) -> None:
+    """Against float64, into memory full of NaN; and a row's result does not depend on the other rows."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(width, size), torch.randn(450, size)
+    offset = torch.randn(width) if bias else None
+    expected = x.double() @ weight.double().t() + (0 if offset is None else offset.double())
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)  # new tensors are NaN
+    try:
+        linear = NativeLinear(weight, offset, kernels)
+        whole = linear(x)
+        assert torch.allclose(whole.double(), expected, atol=1e-4)
+        for rows in (0, 1, 2, 11, 12, 13, 24, 25, 191, 192, 193, 449):
+            assert torch.equal(linear(x[:rows]), whole[:rows])
+        assert torch.equal(linear(x[200:201]), whole[200:201])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
+
+
+def test_compiled_kernels_are_for_float32(tmp_path: Path, kernels: NativeKernels) -> None:
+    specs = tensor_specs(SPEC, "bfloat16")
+    with (tmp_path / "w.safetensors").open("wb") as out:
+        write_tensors(out, specs, dummy(0))
+    options = EngineOptions(dtype="bfloat16", max_seq_len=100, kv_cache=KvCacheConfig.of({"max_tokens": 256}))
+    weights = TensorFile(tmp_path / "w.safetensors")
+    loaded = CpuEngine(export_graph(SPEC), weights, constants(SPEC), SPEC, resolve(options, SPEC), kernels)
+    assert loaded.kernels is None and loaded.step(one_token()).isfinite().all()
 
 
 def test_weights_are_repacked_only_where_a_second_copy_fits() -> None:

@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from llmapi import LLM, SamplingParams
+from llmapi._build.store import Store
+from llmapi._build.store.entry import HASH_AT_OPEN
+from llmapi._files import is_tokenizer
 from tests.api.truth import Truth, prompts_of
 from tests.tiny import tiny_checkpoint
 
@@ -58,23 +62,40 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_warm_start_hashes_converts_and_exports_nothing(
-    model: Path, tmp_path: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with LLM(model, cache_dir=tmp_path / "cache") as llm:
         cold = llm.build_report
         assert tokens(llm) == expected(truth)
     assert not cold.cached and ("export", "built") in [(p.name, p.note) for p in cold.phases]
-    assert cold.hashed_bytes == (model / "model.safetensors").stat().st_size
-    with monkeypatch.context() as patch:
+    read = ["model.safetensors", "config.json", *(f.name for f in model.iterdir() if is_tokenizer(f.name))]
+    assert cold.hashed_bytes == sum((model / name).stat().st_size for name in read)
+    assert cold.exports == 1 and cold.conversions == len(load_file(model / "model.safetensors"))
+    caplog.clear()
+    with monkeypatch.context() as patch, caplog.at_level("INFO", "llmapi"):
         forbid(patch)
         with LLM(model, cache_dir=tmp_path / "cache") as llm:
             warm = llm.build_report
             assert tokens(llm) == expected(truth)
-    assert warm.cached and warm.hashed_bytes == 0 and warm.keys == cold.keys
+    assert warm.cached and warm.keys == cold.keys
+    entries = Store(tmp_path / "cache").entries()
+    small = sum(f.size for e in entries for f in e.manifest.files.values() if f.size <= HASH_AT_OPEN)
+    assert warm.counters == {
+        "hub_calls": 0,
+        "hashed_bytes": 0,
+        "checked_bytes": small,
+        "conversions": 0,
+        "exports": 0,
+    }
+    assert "hub_calls 0, hashed_bytes 0" in str(warm) and "exports 0" in warm._repr_html_()
+    [line] = [r.getMessage() for r in caplog.records]
+    digests = {kind: digest[:12] for kind, digest in warm.keys.items()}
+    assert line == f"{model}: cache hit: " + ", ".join(f"{kind} {digest}" for kind, digest in digests.items())
+    assert list(digests) == ["tokenizer", "weights", "graph", "engine"]
     assert "load" in [p.name for p in warm.phases]
     assert [p.note for p in warm.phases if p.name in ("convert", "export", "build")] == ["cache hit"] * 3
     assert "cache hit" in str(warm) and "<table>" in warm._repr_html_()
-    assert all(line.startswith("hit") for line in warm.cache) and len(warm.cache) == 3
+    assert all(line.startswith("hit") for line in warm.cache) and len(warm.cache) == 4
 
 
 def test_the_place_of_a_model_does_not_count(model: Path, tmp_path: Path) -> None:
@@ -118,6 +139,8 @@ def test_limits_change_the_engine_alone(model: Path, tmp_path: Path) -> None:
             assert (notes["convert"], notes["export"], notes["build"]) == ("cache hit", "cache hit", "built"), options
             [miss] = [line for line in report.cache if line.startswith("miss")]
             assert next(iter(options)).replace("kv_cache_config", "block_size") in miss  # it explains itself
+            assert report.line == f"{model}: cache {miss}"
+            assert (report.exports, report.conversions) == (0, 0), options
             assert tokens(llm) == said
     for options in ({"enable_prefix_caching": False}, {"kv_cache_config": {"max_tokens": 512}}, {"seed": 5}):
         with LLM(model, cache_dir=tmp_path / "cache", **{"max_batch_size": 8, **options}) as llm:

@@ -160,6 +160,11 @@ def test_import_is_inert(more: str) -> None:
     assert (did["loaded"], did["read"], did["touched"]) == ([], [], [])
 
 
+def test_what_wires_a_start_loads_torch_in_the_phase_that_says_so() -> None:
+    did = fresh("import llmapi._runtime.start")
+    assert not {"torch", "transformers"} & set(did["loaded"])
+
+
 def test_the_watch_sees_what_it_should() -> None:
     did = fresh("from llmapi import _env; _env.progress(); open(os.devnull, 'w').close(); import numpy")
     assert did["read"] == ["LLMAPI_PROGRESS"] and did["loaded"] == ["numpy"]
@@ -169,9 +174,9 @@ def test_the_watch_sees_what_it_should() -> None:
 # ---- the order of imports
 
 LAYERS = (
-    {"errors"},
+    {"errors", "_device"},
     {"config", "sampling", "outputs"},
-    {"_env", "_progress", "_files", "_digests", "_source", "_hub", "_tokenizer", "_detokenizer"},
+    {"_env", "_progress", "_files", "_digests", "_source", "_hub", "_tokenizer", "_frozen_tokenizer", "_detokenizer"},
     {"models"},
     {"_kernels"},
     {"_build"},

@@ -23,9 +23,9 @@ def test_ls_and_show(cli: Cli, cache: Path, model: str) -> None:
     head, *rows, total = result.out.splitlines()
     assert head.split() == ["KIND", "KEY", "SIZE", "BUILT", "USED", "HITS", "MODEL"]
     entries = {e.kind: e for e in Store(cache).entries()}
-    assert {row.split()[0] for row in rows} == set(entries) == {"engine", "graph", "weights"}
+    assert {row.split()[0] for row in rows} == set(entries) == {"engine", "graph", "tokenizer", "weights"}
     assert all(row.endswith(" llama") for row in rows)
-    assert total.startswith("3 entries, ")
+    assert total.startswith("4 entries, ")
     assert str(cache) in total
     engine = entries["engine"]
     shown = cli("cache", "show", engine.digest[:10]).out
@@ -45,13 +45,14 @@ def test_why_hit(cli: Cli, cache: Path, model: str) -> None:
     result = cli("cache", "why", model)
     assert result.code == 0
     lines = result.out.splitlines()
-    assert [line.split(":")[:2] for line in lines] == [["weights", " hit"], ["engine", " hit"]]
+    assert [line.split(":")[:2] for line in lines] == [[k, " hit"] for k in ("tokenizer", "weights", "engine")]
 
 
 def test_why_names_what_differs_and_builds_nothing(cli: Cli, cache: Path, model: str) -> None:
     before = [(e.digest, e.hits) for e in Store(cache).entries()]
     result = cli("cache", "why", model, "--max-batch-size", "8")
-    weights, engine, nearest, *diff = result.out.splitlines()
+    tokenizer, weights, engine, nearest, *diff = result.out.splitlines()
+    assert tokenizer.startswith("tokenizer: hit: ")
     assert weights.startswith("weights: hit: ")
     assert engine.startswith("engine: miss: ")
     assert "differs in" in nearest
@@ -71,7 +72,8 @@ def test_why_names_what_differs_and_builds_nothing(cli: Cli, cache: Path, model:
 
 def test_why_in_an_empty_cache(cli: Cli, model: str, tmp_path: Path) -> None:
     result = cli("cache", "why", model, "--cache-dir", str(tmp_path / "new"))
-    weights, engine = result.out.splitlines()
+    tokenizer, weights, engine = result.out.splitlines()
+    assert tokenizer.startswith("tokenizer: miss: ")
     assert weights.startswith("weights: miss: ")
     assert "there is no entry of this kind yet" in weights
     assert "export the graph first" in engine
@@ -81,7 +83,7 @@ def test_why_in_an_empty_cache(cli: Cli, model: str, tmp_path: Path) -> None:
 def test_why_for_other_weights(cli: Cli, cache: Path, model: str, tmp_path: Path) -> None:
     other = str(tiny_checkpoint(tmp_path / "other", seed=1))
     result = cli("cache", "why", other)
-    weights, _, diff, engine = result.out.splitlines()
+    _, weights, _, diff, engine = result.out.splitlines()
     assert weights.startswith("weights: miss: ")
     assert diff.startswith("    origin.files: ")
     assert engine.startswith("engine: hit: ")
@@ -103,7 +105,8 @@ def test_why_downloads_no_weights(
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         hub.add("org/tiny", {f.name: f.read_bytes() for f in Path(model).iterdir() if f.is_file()})
         result = cli("cache", "why", "org/tiny")
-        weights, engine = result.out.splitlines()
+        tokenizer, weights, engine = result.out.splitlines()
+        assert tokenizer.startswith("tokenizer: hit: ")
         assert weights == "weights: miss: the model's weights are not on this machine; a start downloads them"
         assert engine.startswith("engine: hit: ")
         assert "config.json" in hub.fetched()
@@ -112,12 +115,12 @@ def test_why_downloads_no_weights(
         (config,) = (tmp_path / "hub").rglob("config.json")
         index = config.with_name("model.safetensors.index.json")
         index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
-        assert cli("cache", "why", "org/tiny").out.splitlines()[0] == weights
+        assert cli("cache", "why", "org/tiny").out.splitlines()[1] == weights
         index.unlink()
         assert cli("generate", "org/tiny", PROMPTS[0], *GREEDY).code == 0
         assert "model.safetensors" in hub.fetched()
         asked = len(hub.log)
-        assert cli("cache", "why", "org/tiny").out.startswith("weights: hit: ")
+        assert "\nweights: hit: " in cli("cache", "why", "org/tiny").out
         assert len(hub.log) == asked
 
 
@@ -129,9 +132,9 @@ def test_export_and_import(cli: Cli, own_cache: Path, built: Path, model: str, t
             (copy,) = [p for p in files if p.match(f"{entry.kind}/{entry.digest}/{name}")]
             assert copy.read_bytes() == (built / copy.relative_to(own_cache)).read_bytes()
     again = cli("cache", "import", str(tmp_path / "all.tar"))
-    assert again.out.count("kept ") == 3
+    assert again.out.count("kept ") == 4
     result = cli("-v", "generate", model, PROMPTS[0], *GREEDY)
-    assert "hit: weights" in result.err
+    assert f"{model}: cache hit: tokenizer " in result.err
     (tmp_path / "all.tar").write_bytes((tmp_path / "all.tar").read_bytes()[:-3000])
     refused(cli("cache", "import", str(tmp_path / "all.tar")), 1, "refused")
 
@@ -148,13 +151,13 @@ def test_import_of_what_cannot_run_here(cli: Cli, own_cache: Path, tmp_path: Pat
     archive = str(tmp_path / "far.tar")
     assert cli("cache", "export", "--cache-dir", str(far.root), Key(parts).digest, archive).code == 0
     refused(cli("cache", "import", archive), 1, "cannot be used on this machine", "needs torch 9.9", torch.__version__)
-    assert len(Store(own_cache).entries()) == 3
+    assert len(Store(own_cache).entries()) == 4
 
 
 def test_verify_finds_one_flipped_bit(cli: Cli, own_cache: Path) -> None:
     sound = cli("cache", "verify")
     assert sound.code == 0
-    assert sound.out.startswith("3 sound, 0 damaged; ")
+    assert sound.out.startswith("4 sound, 0 damaged; ")
     weights = next(e for e in Store(own_cache).entries() if e.kind == "weights")
     (path,) = own_cache.rglob(f"weights/{weights.digest}/*.safetensors")
     before = path.stat()
@@ -167,7 +170,7 @@ def test_verify_finds_one_flipped_bit(cli: Cli, own_cache: Path) -> None:
     damaged, total = result.out.splitlines()
     assert damaged.startswith(f"damaged: weights {weights.digest[:12]}: ")
     assert path.name in damaged
-    assert total.startswith("2 sound, 1 damaged; ")
+    assert total.startswith("3 sound, 1 damaged; ")
     assert cli("cache", "verify").code == 0
     assert "weights" not in cli("cache", "ls").out
 
@@ -176,10 +179,10 @@ def test_prune_and_rm(cli: Cli, own_cache: Path) -> None:
     entries = {e.kind: e for e in Store(own_cache).entries()}
     assert cli("cache", "prune", "--budget", "50GB").out.startswith("0 bytes freed, ")
     refused(cli("cache", "rm", entries["engine"].digest[:8], "zz"), 1, "'zz'")
-    assert len(Store(own_cache).entries()) == 3
+    assert len(Store(own_cache).entries()) == 4
     result = cli("cache", "rm", entries["engine"].digest[:8], f"engine/{entries['engine'].digest}")
     assert result.out.count("removed engine") == 1
-    assert {e.kind for e in Store(own_cache).entries()} == {"weights", "graph"}
+    assert {e.kind for e in Store(own_cache).entries()} == {"weights", "graph", "tokenizer"}
     result = cli("cache", "prune", "--budget", "0")
-    assert re.match(r"(removed (weights|graph) .*\n){2}.* freed, 0 bytes left", result.out)
+    assert re.match(r"(removed (weights|graph|tokenizer) .*\n){3}.* freed, 0 bytes left", result.out)
     assert cli("cache", "ls").out.startswith("0 entries, 0 bytes of ")

@@ -112,7 +112,7 @@ def test_several_sequences(cli: Cli, cache: Path, model: str) -> None:
 
 def test_verbose_tells_hits(cli: Cli, cache: Path, model: str) -> None:
     result = cli("-v", "generate", model, PROMPTS[0], *GREEDY)
-    assert re.search(r"^llmapi: hit: engine ", result.err, re.MULTILINE)
+    assert re.search(r"^llmapi: \S+: cache hit: .*, engine \w{12}$", result.err, re.MULTILINE)
 
 
 def test_build_and_save(cli: Cli, cache: Path, model: str, truth: list[RequestOutput], tmp_path: Path) -> None:

@@ -63,6 +63,9 @@ class Memory:
     def read(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
+    def span(self, name: str) -> None:
+        return None  # in no file
+
 
 def state_of(model: Any) -> dict[str, torch.Tensor]:
     state = dict(model.state_dict())
@@ -71,12 +74,16 @@ def state_of(model: Any) -> dict[str, torch.Tensor]:
     return state
 
 
+# Both ways of the CPU backend: compiled kernels, and torch's operators where there is no compiler.
+WAYS = ["compiled", "torch"]
 Make = Callable[..., tuple[CpuEngine, Any]]
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
+@pytest.fixture(params=WAYS)
+def make(tmp_path: Path, request: pytest.FixtureRequest) -> Make:
     """From a family and overrides to a loaded engine and the transformers model it must equal."""
+
+    kernels = request.getfixturevalue("kernels") if request.param == "compiled" else None
 
     def build(family: str, overrides: dict[str, Any], dtype: str = "float32") -> tuple[CpuEngine, Any]:
         model = tiny_model(tiny_config(family, **overrides))
@@ -88,7 +95,7 @@ def make(tmp_path: Path) -> Make:
             values = converted(Memory(state_of(model)), family_of(config), spec, specs)  # type: ignore[arg-type]
             write_weights(out, specs, values, lambda done: None)
         options = EngineOptions(dtype=dtype, max_seq_len=256, kv_cache=KvCacheConfig(max_tokens=64 * BLOCK))
-        engine = CpuEngine(export_graph(spec), TensorFile(path), constants(spec), spec, resolve(options, spec))
+        engine = CpuEngine(export_graph(spec), TensorFile(path), constants(spec), spec, resolve(options, spec), kernels)
         return engine, model
 
     return build

@@ -22,6 +22,10 @@ from llmapi._build.store.entry import Entry
 from llmapi._build.store.manifest import MAX_BYTES, Manifest, seal, unseal
 from llmapi.errors import CacheError
 
+LOCAL_KINDS = ("cpu-kernels", "kernel")
+"""Entries of these kinds hold machine code, for a processor or a GPU. No archive carries them: what comes from elsewhere
+is never executed."""
+
 _FORMAT = 1
 _INDEX = "llmapi-cache.json"
 _CHUNK = 1 << 20
@@ -37,6 +41,12 @@ def write_archive(archive: Path, entries: Iterable[Entry]) -> int:
     entries = list(entries)
     if not 0 < len(entries) <= _MAX_ENTRIES:
         raise CacheError(f"{len(entries)} entries: an archive holds 1 to {_MAX_ENTRIES}")
+    local = [e for e in entries if e.kind in LOCAL_KINDS]
+    if local:
+        raise CacheError(
+            f"{local[0]} holds code compiled for this machine, which is not exported: leave it out; the other machine "
+            "compiles its own"
+        )
     partial = archive.with_name(f".{archive.name}.{store_disk.new_id()}.partial")
     try:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -130,6 +140,8 @@ def read_archive(
                 raise reader.refuse(f"manifest {i}: {error}") from None
             if (manifest.kind, manifest.digest) != (kind, digest):
                 raise reader.refuse(f"manifest {i} is that of another entry")
+            if kind in LOCAL_KINDS:
+                raise reader.refuse(f"entry {i} holds machine code ({kind}), which is only taken from this machine")
             if accept is not None and (reason := accept(manifest)):
                 raise CacheError(
                     f"{archive} cannot be used on this machine: {manifest.kind} {manifest.label}: {reason}"

@@ -5,7 +5,6 @@
     <root>/v1/staging/<id>.tmp     one small file being written, itself locked while its owner lives
     <root>/v1/locks/*.lock         one for each key being built, moved or deleted
     <root>/v1/quarantine/*         corrupt entries that were set aside
-    <root>/v1/memo/<kind>/*.json   small facts
     <root>/v1/clock                the last tick of the store's own clock
 
 Everything else under the root belongs to somebody else and is never touched, other ``v<n>`` folders included.
@@ -28,7 +27,7 @@ SCHEMA = 1
 """Layout of the store and of its manifests. Another schema lives in another folder and never sees this one."""
 
 RESERVED_FILES = frozenset({"manifest.json", "stamps.json", "use.json"})
-RESERVED_KINDS = frozenset({"staging", "locks", "quarantine", "memo", "clock"})
+RESERVED_KINDS = frozenset({"staging", "locks", "quarantine", "clock"})
 MAX_NAME = 90  # bytes of a file's name: with its prefix it must fit the 100 bytes of a tar header
 
 _KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
@@ -66,9 +65,6 @@ class Layout:
 
     def key_lock(self, kind: str, digest: str) -> Path:
         return self.locks / f"{check_kind(kind)}-{digest}.lock"
-
-    def memo(self, kind: str, digest: str) -> Path:
-        return self.top / "memo" / check_kind(kind) / f"{digest}.json"
 
     def prepare(self) -> None:
         """Make the folders a writer needs, for the user only."""

@@ -26,6 +26,12 @@ if sys.platform != "win32":
 _CONTENTION = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.ESTALE}
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
+_LOCAL_LOCKS = {
+    *("fuse.sshfs", "fuse.s3fs", "fuse.goofys", "fuse.mount-s3", "fuse.gcsfuse"),
+    *("fuse.rclone", "fuse.blobfuse", "fuse.blobfuse2", "vboxsf"),
+}
+"""File systems that several hosts may share and whose ``flock`` the kernel answers on each host alone."""
+
 _held: set[int] = set()
 _fork_guard = threading.Lock()
 _fork_guarded = False
@@ -283,8 +289,10 @@ def local_lock_reason(kind: str, options: str) -> str | None:
         "lustre": {"localflock", "noflock"},
         "cifs": {"nobrl"},
         "smb3": {"nobrl"},
+        "ocfs2": {"localflocks"},
+        "gfs2": {"localflocks"},
     }
-    if kind == "fuse.sshfs":
-        return "sshfs has no locks that other hosts see"
+    if kind in _LOCAL_LOCKS:
+        return f"{kind} has no locks that other hosts see"
     found = bad.get(kind, set()) & set(options.split(","))
     return f"{kind} is mounted with {min(found)}: its locks hold on this host only" if found else None

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import re
 import stat
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from llmapi._build.store import disk as store_disk, errors as store_errors, lock as store_lock
 from llmapi._build.store.disk import Layout, check_name
+from llmapi._build.store.hashing_file import HashingFile
 from llmapi._build.store.manifest import FileRecord
 from llmapi.errors import CacheError
 
@@ -28,68 +27,6 @@ if TYPE_CHECKING:
 
 _OURS = re.compile(r"([0-9a-f]{32})(\.lock|\.tmp)?")
 _OUR_LOCKS = re.compile(r"([a-z][a-z0-9_-]{0,31}-[0-9a-f]{64}|probe-[0-9a-f]{32}|prune)\.lock")
-_BUFFER = 1 << 20
-
-
-class HashingFile(io.BufferedIOBase):
-    """A binary file to write once, front to back, whose SHA-256 is known when it is closed."""
-
-    def __init__(self, staging: Staging, name: str, path: Path) -> None:
-        self._staging, self._name, self._path = staging, name, path
-        self._hash = hashlib.sha256()
-        self._size = 0
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self._file = os.fdopen(fd, "wb", _BUFFER)
-        self._hasher: ThreadPoolExecutor | None = None
-
-    def write(self, data: Buffer, /) -> int:
-        """Append ``data`` (any object with a buffer) and return its size in bytes."""
-        view = memoryview(data).cast("B")
-        if len(view) < _BUFFER:
-            self._file.write(view)
-            self._hash.update(view)
-        else:  # hash while the disk is busy: both let other threads run
-            self._hasher = self._hasher or ThreadPoolExecutor(1)
-            hashed = self._hasher.submit(self._hash.update, view)
-            try:
-                self._file.write(view)
-            finally:
-                hashed.result()
-        self._size += len(view)
-        return len(view)
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of what was written so far, in hex."""
-        return self._hash.hexdigest()
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self._size
-
-    def writable(self) -> bool:
-        return True
-
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-
-    def close(self) -> None:
-        """Make the file durable and note its digest; harmless when repeated."""
-        if self.closed:
-            return
-        if self._hasher is not None:
-            self._hasher.shutdown()
-        if self._file.closed:  # the builder failed, and its folder is gone
-            super().close()
-            return
-        try:
-            with self._file:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            self._staging._note(self._name, FileRecord(self._size, self.sha256))
-        finally:
-            super().close()
 
 
 class Staging:
@@ -111,7 +48,7 @@ class Staging:
         self._layout = layout
         self._make_room = make_room
         self._known: dict[str, tuple[FileRecord, int]] = {}  # the record, and the file's mtime when it was taken
-        self._open: list[HashingFile] = []
+        self._open: dict[str, HashingFile] = {}
         self._written = 0
         self.needed: int | None = None
         lock = None
@@ -127,8 +64,8 @@ class Staging:
             CacheError: the name cannot be in an entry, see ``check_name``.
             FileExistsError: it was written before.
         """
-        file = HashingFile(self, name, self.file(name))
-        self._open.append(file)
+        file = HashingFile(self.file(name), lambda record: self._note(name, record))
+        self._open[name] = file
         return file
 
     def write(self, name: str, data: Buffer) -> None:
@@ -178,9 +115,9 @@ class Staging:
         names = store_disk.files_below(self.path)
         if not names:
             raise CacheError("the builder wrote no file, and an entry needs at least one")
-        for file in self._open:
+        for name, file in self._open.items():
             if not file.closed:
-                raise CacheError(f"the builder left {file._name!r} open; close it, best with a with statement")
+                raise CacheError(f"the builder left {name!r} open; close it, best with a with statement")
         records, times = {}, {}
         for name in names:
             path = self.path / check_name(name)
@@ -205,10 +142,9 @@ class Staging:
         """Delete whatever is left in the folder and free its lock."""
         if not self._lock.mine:  # a forked child: the folder is its parent's
             return
-        for file in self._open:
+        for file in self._open.values():
             with contextlib.suppress(OSError):
-                file._file.close()
-                file.close()
+                file.abandon()
         try:
             _ = self.written
             store_disk.remove_tree(self.path)

@@ -24,10 +24,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmapi import _env
-from llmapi._build.store import archive as store_archive, evict as store_evict, lock as store_lock, memo as store_memo, staging as store_staging
+from llmapi._build.store import archive as store_archive, evict as store_evict, lock as store_lock, staging as store_staging
 from llmapi._build.key import Key, PartDiff
 from llmapi._build.store.disk import Layout, size_text
 from llmapi._build.store.entry import Entry, name_of
@@ -63,6 +62,8 @@ class Store:
         budget_bytes: what the store may hold before it deletes the entries that were not used for longest; default
             ``LLMAPI_CACHE_BYTES``, else a fifth of the disk, and at least 50 GB where the disk allows it.
     """
+
+    LOCAL_KINDS = store_archive.LOCAL_KINDS  # entries of these are never exported or imported
 
     def __init__(self, root: Path, *, budget_bytes: int | None = None) -> None:
         if budget_bytes is not None and budget_bytes < 0:
@@ -163,18 +164,6 @@ class Store:
     def snapshot(self) -> CacheReport:
         """What this object did so far."""
         return self._counters.report
-
-    # ---- small facts
-
-    def memo_get(self, kind: str, key: Key) -> dict[str, Any] | None:
-        """A remembered fact, such as the digest of the graph that a recipe leads to, or None."""
-        return store_memo.read_memo(self._layout, kind, key)
-
-    def memo_put(self, kind: str, key: Key, value: dict[str, Any]) -> None:
-        """Remember a fact: a small JSON object. CacheError where the root cannot be written."""
-        self._prepare()
-        with translated(self.root):
-            store_memo.write_memo(self._layout, kind, key, value)
 
     # ---- keeping house
 

@@ -1,0 +1,123 @@
+"""The GPU's engine without a GPU: nodes bound as on one, the project's kernels run by the emulator, the loop over all.
+
+What this cannot see: Hopper's own kernels, CUDA graphs (a step is launched again instead of replayed), streams, time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmapi import LLM, SamplingParams
+from llmapi._build.graph import Graph
+from llmapi._build.tensor_file import TensorFile
+from llmapi._runtime.engine_cuda import CudaEngine
+from llmapi.config import EngineConfig
+from llmapi.models.spec import TransformerSpec
+from tests.api.truth import Truth, idle, prompts_of, until
+from tests.emulator.gpu import EmulatedGpu
+from tests.tiny import tiny_checkpoint
+
+
+class WholeGpu(EmulatedGpu):
+    """With what an engine asks of a GPU besides kernels."""
+
+    free = 1 << 24
+
+    def current(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def synchronize(self) -> None: ...
+
+    def memory(self) -> tuple[int, int]:
+        return self.free + (1 << 30), self.free + (1 << 30)
+
+    def peak_of(self, run: Callable[[], None]) -> int:
+        run()
+        return 0
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """A step is launched again wherever its graph would be replayed, and its result goes to the same place."""
+        out = run().clone()
+
+        def replay() -> None:
+            out.copy_(run())
+
+        return replay, out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    return tiny_checkpoint(folder, hidden_size=256, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def truth(checkpoint: Path) -> Truth:
+    return Truth(checkpoint)
+
+
+@pytest.fixture
+def llm(checkpoint: Path, tmp_path: Path, kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An LLM whose engine is the GPU's; small limits, so that steps are chunked and batched."""
+
+    def engine(
+        graph: Graph,
+        weights: TensorFile,
+        constants: Mapping[str, torch.Tensor],
+        spec: TransformerSpec,
+        config: EngineConfig,
+        kernels: object = None,
+    ) -> CudaEngine:
+        gpu: Any = WholeGpu(kernel_folder)
+        named = {i.name: weights.read(i.parts) for i in graph.inputs if i.kind == "weight"}
+        return CudaEngine(graph, lambda: named, constants, spec, config, gpu=gpu, utilization=0.9)
+
+    monkeypatch.setattr("llmapi._runtime.engine_cpu.CpuEngine", engine)
+    kv = {"max_tokens": 16 * 14, "block_size": 16}
+    limits: dict[str, Any] = {"max_batch_size": 4, "max_num_tokens": 24, "max_seq_len": 96, "kv_cache_config": kv}
+    with LLM(checkpoint, cache_dir=tmp_path, backend="cpu", progress=False, **limits) as llm:
+        yield llm
+
+
+def greedy(count: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+
+
+def test_tokens_are_those_of_transformers(llm: LLM, truth: Truth) -> None:
+    """Chunked prefill beside decoding, batches that shrink and grow, and steps in flight."""
+    prompts = prompts_of([30, 3, 17, 1, 9], seed=1)
+    counts = [6, 9, 4, 7, 5]
+    outputs = llm.generate(prompts, [greedy(n) for n in counts], use_tqdm=False)
+    for prompt, count, output in zip(prompts, counts, outputs, strict=True):
+        assert output.outputs[0].token_ids == truth.greedy(prompt, count)
+    until(lambda: idle(llm))
+
+
+def test_forks_copy_blocks_and_seeds_do_not_depend_on_company(llm: LLM) -> None:
+    [prompt, other] = prompts_of([20, 7], seed=2)
+    params = SamplingParams(temperature=0.9, top_k=40, seed=3, n=3, max_tokens=5)
+    alone = llm.generate(prompt, params)
+    together = llm.generate([prompt, other], [params, greedy(6)], use_tqdm=False)[0]
+    assert [c.token_ids for c in alone.outputs] == [c.token_ids for c in together.outputs]
+    assert len({tuple(c.token_ids) for c in alone.outputs}) > 1
+    until(lambda: idle(llm))
+
+
+def test_prefixes_preemption_and_log_probabilities(llm: LLM, truth: Truth) -> None:
+    prompts = prompts_of([40, 40, 40, 40], seed=4)
+    outputs = llm.generate(prompts, greedy(30), use_tqdm=False)  # more than the blocks hold
+    assert sum(o.metrics.preemptions for o in outputs if o.metrics) > 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.outputs[0].token_ids == truth.greedy(prompt, 30)
+    again = llm.generate(prompts[0], SamplingParams(temperature=0, max_tokens=3, logprobs=2, ignore_eos=True))
+    assert (again.num_cached_tokens or 0) >= 16
+    exact = truth.logprobs(prompts[0] + again.outputs[0].token_ids)
+    assert again.outputs[0].logprobs is not None
+    for i, (token, told) in enumerate(zip(again.outputs[0].token_ids, again.outputs[0].logprobs, strict=True)):
+        assert told[token].logprob == pytest.approx(exact[39 + i, token].item(), abs=1e-4)

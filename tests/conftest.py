@@ -1,0 +1,41 @@
+"""Kernels made once for the session: compiled ones of the CPU, and where the emulator keeps those of a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from llmapi._build.cpu_kernels import NoKernels, obtain
+from llmapi._build.store import Store
+from llmapi._kernels.native import NativeKernels
+from tests.emulator import build
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> NativeKernels | str:
+    """The kernels, or why there are none."""
+    try:
+        return obtain(Store(tmp_path_factory.mktemp("cpu-kernels")))
+    except NoKernels as error:
+        return str(error)
+
+
+@pytest.fixture
+def kernels(compiled: NativeKernels | str) -> NativeKernels:
+    """The kernels, for tests that are about them."""
+    if isinstance(compiled, str):
+        pytest.skip(compiled)
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where kernels are compiled to, once for all processes of this run of the tests."""
+    if build.COMPILER is None:
+        pytest.skip(build.MISSING)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "emulated"
+    folder.mkdir(exist_ok=True)
+    return folder
