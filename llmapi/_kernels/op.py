@@ -80,7 +80,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     Args:
         actual, expected: tensors of one shape.
     """
-    a, e = actual.double(), expected.double()
+    a, e = actual.detach().double(), expected.detach().double()
     if not torch.isfinite(a).all():
         return float("inf")
     return float((a - e).norm() / e.norm().clamp_min(1e-30))

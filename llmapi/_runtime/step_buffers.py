@@ -18,6 +18,7 @@ from llmapi._kernels.gpu import Gpu
 from llmapi._runtime.batch import StepBatch
 
 _ALIGNMENT = 4  # int32s: 16 bytes
+_MOST_LAYOUTS = 512  # that are kept
 
 Ints = npt.NDArray[np.int32]
 
@@ -53,7 +54,7 @@ class StepShape:
 class Layout:
     """One shape's arrays: views of the pinned and of the device memory, and how many int32s are copied."""
 
-    host: tuple[dict[str, Ints], ...]
+    host: dict[str, Ints]
     device: dict[str, torch.Tensor]
     size: int
 
@@ -79,12 +80,13 @@ class StepBuffers:
         self._owners: list[tuple[list[int], int, int] | None] = [None] * max_seqs
         self._layouts: dict[StepShape, Layout] = {}
         self._copied = gpu.event()
-        self._stream_copied = False
 
     def layout(self, shape: StepShape) -> Layout:
         """Where a shape's arrays lie."""
         found = self._layouts.get(shape)
         if found is None:
+            if len(self._layouts) >= _MOST_LAYOUTS:  # steps without a graph have a shape each
+                self._layouts.clear()
             host: dict[str, Ints] = {}
             device: dict[str, torch.Tensor] = {}
             at, array = 0, self._pinned.numpy()
@@ -94,7 +96,7 @@ class StepBuffers:
                 at += -(-size // _ALIGNMENT) * _ALIGNMENT
             device["input_ids"] = self._ids[: shape.tokens]
             device["block_tables"] = self.tables[: shape.seqs]
-            found = self._layouts[shape] = Layout((host,), device, at)
+            found = self._layouts[shape] = Layout(host, device, at)
         return found
 
     def upload(self, batch: StepBatch, shape: StepShape) -> Layout:
@@ -106,9 +108,8 @@ class StepBuffers:
                 sequences of no tokens, slots that are not written.
         """
         layout = self.layout(shape)
-        (host,) = layout.host
-        if self._stream_copied:
-            self._copied.synchronize()  # the copy of the step before must have left the pinned memory
+        host = layout.host
+        self._copied.synchronize()  # the copy of the step before must have left the pinned memory
         tokens, seqs, rows = len(batch.input_ids), len(batch.seq_lens), len(batch.logits_indices)
         _fill(host["source_ids"], batch.input_ids, 0)
         _fill(host["positions"], batch.positions, 0)
@@ -120,7 +121,6 @@ class StepBuffers:
         self._device[: layout.size].copy_(self._pinned[: layout.size], non_blocking=True)
         self._upload_tables(batch.block_tables)
         self._copied.record()
-        self._stream_copied = True
         return layout
 
     def _upload_tables(self, tables: Sequence[list[int]]) -> None:
