@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import queue
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, overload
 
-from llmapi import _env
 from llmapi.config import EngineOptions, KvCacheConfig
 from llmapi.errors import ConfigError, LLMAPIError, RequestError, unknown_name
-from llmapi.outputs import CompletionOutput, RequestOutput
+from llmapi.outputs import RequestOutput
 from llmapi.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -151,7 +148,6 @@ class LLM:
             max_seq_len=config.max_seq_len,
         )
         sampler = engine.sampler(prepared.tokenizer)
-        self._refusals = itertools.count()
         self._loop = EngineLoop(engine, scheduler, sampler)
         self._maker = RequestMaker(
             tokenizer=prepared.tokenizer,
@@ -395,74 +391,14 @@ class LLM:
         self._loop.submit(Job(request, self._prepared.tokenizer, listener, streaming))
 
     def _run(self, makers: list[Callable[[], Request]], prompts: list[Any], use_tqdm: bool) -> list[RequestOutput]:
-        """Make and submit every request, and wait for all; Ctrl-C aborts them and returns at once."""
-        finished: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-        outputs: dict[str, RequestOutput] = {}
-        ids: list[str] = []
-        try:
-            for index, make in enumerate(makers):
-                try:
-                    request = make()
-                except LLMAPIError as error:
-                    if len(makers) == 1:
-                        raise
-                    ids.append(f"refused-{next(self._refusals)}")
-                    outputs[ids[-1]] = _refused(ids[-1], prompts[index], error)
-                    continue
-                ids.append(request.id)
-                self._submit(request, finished.put, streaming=False)
-            with _batch_bar(len(makers), use_tqdm and len(makers) > 1) as done:
-                done(len(outputs), 0)
-                while len(outputs) < len(ids):
-                    output = finished.get()
-                    outputs[output.request_id] = output
-                    done(1, sum(len(o.token_ids) for o in output.outputs))
-        except BaseException:
-            self.abort(i for i in ids if i not in outputs)
-            raise
-        return _settle([outputs[i] for i in ids])
+        from llmapi._runtime.gather import gather
+
+        def submit(request: Request, listener: Callable[[RequestOutput], None]) -> None:
+            self._submit(request, listener, streaming=False)
+
+        return gather(makers, prompts, submit, self.abort, progress=use_tqdm and len(makers) > 1)
 
 
 def _close(loop: Any, builder: Any) -> None:
     loop.close()
     builder.close()
-
-
-def _refused(request_id: str, prompt: object, error: LLMAPIError) -> RequestOutput:
-    text = prompt if isinstance(prompt, str) else None
-    return RequestOutput(request_id, text, [], [CompletionOutput(0, "", [], finish_reason="error")], True, error=error)
-
-
-def _settle(outputs: list[RequestOutput]) -> list[RequestOutput]:
-    """Warn of the requests that failed; raise where all did."""
-    failed = [(i, o.error) for i, o in enumerate(outputs) if o.error is not None]
-    if failed:
-        index, error = failed[0]
-        if len(failed) == len(outputs):
-            raise error
-        log.warning("%d of %d requests failed; the first is prompt %d: %s", len(failed), len(outputs), index, error)
-    return outputs
-
-
-@contextlib.contextmanager
-def _batch_bar(total: int, enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar over finished requests that also shows output tokens a second."""
-    if not (enabled and _env.progress()):
-        yield lambda requests, tokens: None
-        return
-    import time
-
-    from llmapi._progress import quiet_tqdm
-
-    start, tokens_so_far = time.perf_counter(), 0
-    with quiet_tqdm(total=total, desc="generate", unit="prompt") as drawn:
-
-        def done(requests: int, tokens: int) -> None:
-            nonlocal tokens_so_far
-            tokens_so_far += tokens
-            drawn.set_postfix_str(
-                f"{tokens_so_far / max(time.perf_counter() - start, 1e-9):.0f} tokens/s", refresh=False
-            )
-            drawn.update(requests)
-
-        yield done
