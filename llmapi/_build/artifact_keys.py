@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llmapi
+from llmapi import _device
 from llmapi._build.key import Key, Part, canonical, schema_part, source_digest, toolchain_parts
 from llmapi._files import CONFIG
 from llmapi.config import EngineConfig
@@ -26,7 +27,8 @@ _PACKAGE = Path(llmapi.__file__).parent
 _TOKENIZER_LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "tiktoken", "gguf")
 
 
-def _sources(*names: str) -> str:
+def sources(*names: str) -> str:
+    """Digest of source files and folders, named relative to the package."""
     return source_digest(*(_PACKAGE / name for name in names))
 
 
@@ -61,7 +63,7 @@ def weights_key(spec: TransformerSpec, config: EngineConfig, origin: Mapping[str
             Part("world", "1"),
             Part(
                 "converter",
-                _sources(
+                sources(
                     "models",
                     "_build/weights.py",
                     "_build/tensor_file.py",
@@ -81,8 +83,8 @@ def graph_recipe_key(spec: TransformerSpec) -> Key:
     Args:
         spec: the architecture.
     """
-    sources = _sources("models", *_operators(), "_build/export.py", "_build/graph.py", "_build/rewrite")
-    return Key([*toolchain_parts(), Part("spec", canonical(spec.to_json())), Part("exporter", sources)])
+    exporter = sources("models", *_operators(), "_build/export.py", "_build/graph.py", "_build/rewrite")
+    return Key([*toolchain_parts(), Part("spec", canonical(spec.to_json())), Part("exporter", exporter)])
 
 
 def engine_key(spec: TransformerSpec, config: EngineConfig, graph_digest: str) -> Key:
@@ -102,7 +104,7 @@ def engine_key(spec: TransformerSpec, config: EngineConfig, graph_digest: str) -
             Part("graph", graph_digest),
             Part("constants", canonical(spec.to_json()["rope"])),
             *(Part(name, canonical(value)) for name, value in config.shape_parts().items()),
-            Part("kernels", _sources(*_operators())),
+            Part("kernels", sources(*_operators())),
             Part("target", _target(config.backend)),
             Part("rank", "0"),
             Part("world", "1"),
@@ -128,7 +130,8 @@ def misfit(manifest: Manifest) -> str | None:
     if manifest.kind != "engine":
         return None
     made = {part.name: part.value for part in manifest.key.parts}
-    for part in (*toolchain_parts(), Part("target", "cpu")):
+    target = "cuda" if made.get("target") == "cuda" and _device.cuda_problem() is None else "cpu"
+    for part in (*toolchain_parts(), Part("target", target)):
         if made.get(part.name) != part.value:
             needs, here = _version(made.get(part.name)), _version(part.value)
             return f"it needs {part.name} {needs}, and here is {here}; build it here from the weights instead"
@@ -154,7 +157,7 @@ def tokenizer_key(origin: Mapping[str, str]) -> Key:
             schema_part(),
             Part("origin", canonical(dict(origin))),
             Part("libraries", canonical({name: _installed(name) for name in _TOKENIZER_LIBRARIES})),
-            Part("converter", _sources("_tokenizer.py", "_frozen_tokenizer.py")),
+            Part("converter", sources("_tokenizer.py", "_frozen_tokenizer.py")),
         ]
     )
 

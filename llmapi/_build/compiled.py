@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-from collections.abc import Callable
-from typing import Any
 
+from llmapi._build.artifact_keys import sources
 from llmapi._build.key import Key, Part, canonical, schema_part, toolchain_parts
-from llmapi._build.names import CUBIN_FILE, TUNING_FILE
+from llmapi._build.names import CUBIN_FILE
 from llmapi._build.store import Staging, Store
 from llmapi._kernels import nvrtc
 from llmapi._kernels.nvrtc import Unit
+
+_TUNED = ("skinny_linear.cu", "gated_activation.cu")  # CUDA sources that take part in the measurements
+_VARIANTS = ("_kernels/skinny_linear_cuda.py", "_kernels/skinny_linear_layout.py", "_runtime/linear_cuda.py")
 
 
 def kernel_key(unit: Unit, arch: str) -> Key:
@@ -27,7 +28,7 @@ def kernel_key(unit: Unit, arch: str) -> Key:
     return Key([schema_part(), *(Part(name, value) for name, value in nvrtc.key_parts(unit, arch).items())])
 
 
-def tuning_key(gpu: str, arch: str, dtype: str, cases: list[str], sources: dict[str, str]) -> Key:
+def tuning_key(gpu: str, arch: str, dtype: str, cases: list[str]) -> Key:
     """Key of a table of measured choices.
 
     Args:
@@ -35,10 +36,11 @@ def tuning_key(gpu: str, arch: str, dtype: str, cases: list[str], sources: dict[
         arch: its architecture.
         dtype: of weights and activations.
         cases: what was measured.
-        sources: digests of the kernels that took part.
     """
+    kernels = {source: nvrtc.source_text_digest(source) for source in _TUNED}
+    kernels["variants"] = sources(*_VARIANTS)  # what the numbers in the table mean, and which ones are tried
     parts = [Part("gpu", gpu), Part("target", arch), Part("dtype", dtype), Part("cases", canonical(sorted(cases)))]
-    parts += [Part("kernels", canonical(sources)), Part("cublas", _cublas())]
+    parts += [Part("kernels", canonical(kernels)), Part("cublas", _cublas())]
     return Key([*toolchain_parts(), *parts])
 
 
@@ -61,26 +63,6 @@ def cached_cubin(store: Store, unit: Unit, arch: str) -> bytes:
 
     with store.build("kernel", kernel_key(unit, arch), f"{unit.label} for {arch}", build) as entry:
         return entry.file(CUBIN_FILE).read_bytes()
-
-
-def cached_tuning(store: Store, key: Key, label: str, measure: Callable[[], dict[str, int]]) -> dict[str, int]:
-    """A table of choices, measured if the store has none.
-
-    Args:
-        store: the cache.
-        key: from :func:`tuning_key`.
-        label: the model's name.
-        measure: makes the table.
-    """
-
-    def build(staging: Staging) -> None:
-        table = measure()
-        with staging.open(TUNING_FILE) as out:
-            out.write(json.dumps(table, indent=1, sort_keys=True).encode())
-
-    with store.build("tuning", key, label, build) as entry:
-        data: Any = json.loads(entry.file(TUNING_FILE).read_text(encoding="utf-8"))
-    return {str(name): int(choice) for name, choice in data.items()}
 
 
 def _cublas() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -14,7 +15,7 @@ from llmapi import _progress
 from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, tokenizer_origin, weights_key
 from llmapi._build.checkpoint import open_checkpoint
 from llmapi._build.key import Key
-from llmapi._build.names import CONSTANTS_FILE, GRAPH_FILE, WEIGHTS_FILE
+from llmapi._build.names import CONSTANTS_FILE, GRAPH_FILE, TUNING_FILE, WEIGHTS_FILE
 from llmapi._build.report import BuildReport
 from llmapi._build.saved import SavedEngine
 from llmapi._build.store import Staging, Store
@@ -201,18 +202,13 @@ class Builder:
             label: the model's name.
             measure: makes the table.
         """
-        from llmapi._build.compiled import cached_tuning
 
-        with self.report.phase("tune") as phase:
-            measured: list[bool] = []
+        def build(staging: Staging) -> None:
+            with staging.open(TUNING_FILE) as out:
+                out.write(json.dumps(measure(), indent=1, sort_keys=True).encode())
 
-            def noted() -> dict[str, int]:
-                measured.append(True)
-                return measure()
-
-            table = cached_tuning(self._store, key, label, noted)
-            phase.note = "measured" if measured else "cache hit"
-        self.report.keys["tuning"] = key.digest
+        folder = self._obtain("tune", "tuning", key, label, build)
+        table: dict[str, int] = json.loads((folder / TUNING_FILE).read_text(encoding="utf-8"))
         return table
 
     def cpu_kernels(self) -> NativeKernels | None:

@@ -96,11 +96,15 @@ def dummy(seed: int) -> Values:
     def value(target: TensorSpec) -> torch.Tensor:
         if target.name.endswith("norm.weight"):
             return torch.ones(target.shape)
-        digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = torch.Generator().manual_seed(tensor_seed(seed, target.name))
         return torch.empty(target.shape).normal_(0.0, 0.02, generator=generator)
 
     return value
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """Seed of one tensor's random numbers: it depends on the model's seed and the tensor's name alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
 
 
 def _take(tensor: torch.Tensor, take: Take) -> torch.Tensor:

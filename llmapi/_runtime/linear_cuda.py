@@ -21,6 +21,11 @@ CUBLAS = -1
 """The choice that stands for torch's own product."""
 
 
+def bucket_of(rows: int) -> int:
+    """The number of :data:`ROWS` whose choice so many rows take; the largest where there are more."""
+    return next((r for r in ROWS if r >= rows), ROWS[-1])
+
+
 class LinearChoices:
     """Which implementation to take.
 
@@ -41,8 +46,7 @@ class LinearChoices:
     @staticmethod
     def name(rows: int, n: int, k: int, gate: str | None) -> str:
         """The name of a case in the table: rows rounded up, outputs, inputs, activation."""
-        bucket = next(r for r in ROWS if r >= rows)
-        return f"{bucket}x{n}x{k}" + (f" {gate}" if gate else "")
+        return f"{bucket_of(rows)}x{n}x{k}" + (f" {gate}" if gate else "")
 
     def variant(self, rows: int, n: int, k: int, gate: str | None) -> int | None:
         """The variant of the kernel to take; None for cuBLAS."""

@@ -13,10 +13,9 @@ from llmapi._build.compiled import tuning_key
 from llmapi._build.graph import Graph
 from llmapi._build.tensor_file import TensorFile
 from llmapi._kernels.gpu import Gpu
-from llmapi._kernels.nvrtc import source_text_digest
 from llmapi._runtime.bind_cuda import Binder
 from llmapi._runtime.engine_cuda import CudaEngine
-from llmapi._runtime.linear_cuda import ROWS
+from llmapi._runtime.linear_cuda import ROWS, bucket_of
 from llmapi._runtime.weights_cuda import random_weights, read_weights
 
 if TYPE_CHECKING:
@@ -56,11 +55,10 @@ def load_cuda(
         kernel = binder.choices.kernel
         if kernel is None:
             return
-        rows = tuple(r for r in ROWS if r <= max(ROWS[0], _next(prepared.config.max_batch_size)))
+        rows = tuple(r for r in ROWS if r <= bucket_of(prepared.config.max_batch_size))
         shapes = [(gate, int(w[0].shape[0]), int(w[0].shape[1])) for gate, w in groups]
         cases = [binder.choices.name(r, n, k, gate) for gate, n, k in shapes for r in rows if kernel.supports(r, n, k)]
-        sources = {"skinny_linear.cu": source_text_digest("skinny_linear.cu")}
-        key = tuning_key(gpu.name, gpu.arch, prepared.config.dtype, cases, sources)
+        key = tuning_key(gpu.name, gpu.arch, prepared.config.dtype, cases)
 
         def measure() -> dict[str, int]:
             with torch.inference_mode():
@@ -83,7 +81,3 @@ def load_cuda(
     except BaseException:
         gpu.close()
         raise
-
-
-def _next(rows: int) -> int:
-    return next((r for r in ROWS if r >= rows), ROWS[-1])

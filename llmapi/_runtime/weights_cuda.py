@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import torch
 
 from llmapi._build.graph import Graph, Input
 from llmapi._build.tensor_file import TensorFile
+from llmapi._build.weights import tensor_seed
 
 _CHUNK = 32 << 20  # bytes of one pinned buffer
 _READERS = 4  # threads that read the file, each with two buffers
@@ -100,8 +100,7 @@ def _random(entry: Input, seed: int, dtype: torch.dtype, device: torch.device) -
     shape = [int(size) for size in entry.shape]
     if entry.name.endswith("norm.weight"):
         return torch.ones(shape, dtype=dtype, device=device)
-    digest = hashlib.sha256(f"{seed}:{entry.name}".encode()).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator(device).manual_seed(tensor_seed(seed, entry.name))
     return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmapi import _device
 from llmapi._build import artifact_keys, compiled, cpu_kernels, key as key_module
 from llmapi._build.artifact_keys import (
     engine_key,
@@ -148,7 +149,7 @@ EVERY: dict[str, Make] = {
     "tokenizer": lambda: tokenizer_key(TOKENIZER),
     "cpu-kernels": lambda: kernels_key("g++ 12.2"),
     "kernel": lambda: kernel_key(Unit.of("norm.cu", LLM_DTYPE=2), "sm_90a"),
-    "tuning": lambda: tuning_key("NVIDIA H200", "sm_90a", "bfloat16", ["1x8x8"], {"skinny_linear.cu": "f" * 64}),
+    "tuning": lambda: tuning_key("NVIDIA H200", "sm_90a", "bfloat16", ["1x8x8"]),
 }
 
 
@@ -171,7 +172,7 @@ def test_every_part_of_a_gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_part_of_measured_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     def key(**changed: Any) -> Key:
-        given = {"gpu": "A", "arch": "sm_90a", "dtype": "bfloat16", "cases": ["1x8x8"], "sources": {"a.cu": "1"}}
+        given = {"gpu": "A", "arch": "sm_90a", "dtype": "bfloat16", "cases": ["1x8x8"]}
         return tuning_key(**{**given, **changed})
 
     before = key()
@@ -179,7 +180,9 @@ def test_every_part_of_measured_choices(monkeypatch: pytest.MonkeyPatch) -> None
     assert names(before, key(arch="sm_80")) == ["target"]
     assert names(before, key(dtype="float16")) == ["dtype"]
     assert names(before, key(cases=["1x8x8", "2x8x8"])) == ["cases"]
-    assert names(before, key(sources={"a.cu": "2"})) == ["kernels"]
+    with monkeypatch.context() as patch:
+        patch.setattr(nvrtc, "source_text_digest", lambda source: "0" * 64)
+        assert names(before, key()) == ["kernels"]
     assert key(cases=["a", "b"]) == key(cases=["b", "a"])
     monkeypatch.setattr(compiled, "_cublas", lambda: "99")
     assert names(before, key()) == ["cublas"]
@@ -236,7 +239,10 @@ SOURCES = {
     "_frozen_tokenizer.py": {"tokenizer": ["converter"]},
     "_kernels/csrc_cpu/linear.h": {"cpu-kernels": ["sources"]},
     "_kernels/csrc/norm.cu": {"kernel": ["source"]},
-    "_kernels/csrc/common.cuh": {"kernel": ["source"]},
+    "_kernels/csrc/common.cuh": {"kernel": ["source"], "tuning": ["kernels"]},
+    "_kernels/csrc/skinny_linear.cuh": {"tuning": ["kernels"]},
+    "_kernels/skinny_linear_layout.py": {"graph": ["exporter"], "engine": ["kernels"], "tuning": ["kernels"]},
+    "_runtime/linear_cuda.py": {"tuning": ["kernels"]},
     "llm.py": {},  # the rest shapes nothing that is stored
     "_runtime/sampler.py": {},
     "_build/store/store.py": {},
@@ -396,3 +402,9 @@ def test_only_an_engine_of_this_machine_fits(monkeypatch: pytest.MonkeyPatch) ->
     assert misfit(manifest("engine", elsewhere)) == (
         "it needs target sm_90, and here is cpu; build it here from the weights instead"
     )
+    of_a_gpu = engine(config=dataclasses.replace(CONFIG, backend="cuda"))
+    assert misfit(manifest("engine", of_a_gpu)) == (
+        "it needs target cuda, and here is cpu; build it here from the weights instead"
+    )
+    monkeypatch.setattr(_device, "cuda_problem", lambda: None)
+    assert misfit(manifest("engine", of_a_gpu)) is None and misfit(manifest("engine", engine())) is None
