@@ -1,8 +1,9 @@
-"""Kernels made once for the session: compiled ones of the CPU, and where the emulator keeps those of a GPU."""
+"""Kernels made once for the session, of the CPU and of the emulator; an environment of the tests' own for who asks."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,14 @@ def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "emulated"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def offline_and_quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No network, no bars, and no cache but the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        patch.setenv("LLMAPI_CACHE_DIR", str(tmp_path_factory.mktemp("default-cache")))
+        patch.setenv("LLMAPI_PROGRESS", "0")
+        yield

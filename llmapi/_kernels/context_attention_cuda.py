@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from llmapi._kernels.gpu import Gpu, Kernel
-from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit
+from llmapi._device import HEAD_SIZES
+from llmapi._kernels.gpu import Gpu, Kernel, dtype_macro
+from llmapi._kernels.nvrtc import Unit
 from llmapi.errors import BuildError
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+HEAD_DIMS = HEAD_SIZES
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 _PLAN = Unit.of("context_attention_plan.cu")
@@ -92,7 +93,7 @@ def _hopper(head_dim: int, block_size: int) -> _Tiles:
 
 
 def _unit(source: str, dtype: torch.dtype, head_dim: int, tiles: _Tiles, **more: int) -> Unit:
-    macro = int(DTYPE_MACRO[str(dtype).removeprefix("torch.")])
+    macro = int(dtype_macro(dtype))
     return Unit.of(source, LLM_DTYPE=macro, LLM_HEAD_DIM=head_dim, **tiles.defines, **more)
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from llmapi._kernels.gpu import Gpu, Kernel
-from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit
+from llmapi._device import HEAD_SIZES
+from llmapi._kernels.gpu import Gpu, Kernel, dtype_macro
+from llmapi._kernels.nvrtc import Unit
 from llmapi.errors import BuildError
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+HEAD_DIMS = HEAD_SIZES
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 MOST_GROUP = 64
 _MOST_STAGES = 6
@@ -103,7 +104,7 @@ def unit(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_siz
     """The specialization of the kernel."""
     return Unit.of(
         "decode_attention.cu",
-        LLM_DTYPE=DTYPE_MACRO[str(dtype).removeprefix("torch.")],
+        LLM_DTYPE=dtype_macro(dtype),
         HEAD_DIM=head_dim,
         GROUP=heads // kv_heads,
         KV_HEADS=kv_heads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.gpu import Gpu, dtype_macro
 from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit
 
 ACTIVATION_MACRO = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -22,7 +22,7 @@ def gated_activation(gpu: Gpu, gate_up: torch.Tensor, kind: str) -> torch.Tensor
     out = gate_up.new_empty(rows, width)
     if not rows:
         return out
-    dtype = DTYPE_MACRO[str(gate_up.dtype).removeprefix("torch.")]
+    dtype = dtype_macro(gate_up.dtype)
     unit = Unit.of("gated_activation.cu", LLM_DTYPE=dtype, ACT=ACTIVATION_MACRO[kind])
     kernel = gpu.kernel(unit, "gated_activation", "ppi", overlap=True)
     columns = -(-width // (16 // gate_up.element_size()))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llmapi._kernels.nvrtc import Unit, architecture, compile_unit
+from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit, architecture, compile_unit
 from llmapi.errors import BuildError
 
 CubinSource = Callable[[Unit, str], bytes]
@@ -27,6 +27,11 @@ _TYPES: dict[str, Any] = {
     "l": ctypes.c_int64,
     "f": ctypes.c_float,
 }
+
+
+def dtype_macro(dtype: torch.dtype) -> str:
+    """Value of ``LLM_DTYPE`` for a type of torch; see :data:`~llmapi._kernels.nvrtc.DTYPE_MACRO`."""
+    return DTYPE_MACRO[str(dtype).removeprefix("torch.")]
 
 
 class Kernel:

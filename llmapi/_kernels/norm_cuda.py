@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.gpu import Gpu, dtype_macro
 from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit
 
 _SIGNATURE = "ppppppif"
@@ -57,7 +57,7 @@ def _launch(
         return
     unit = Unit.of(
         "norm.cu",
-        LLM_DTYPE=DTYPE_MACRO[str(x.dtype).removeprefix("torch.")],
+        LLM_DTYPE=dtype_macro(x.dtype),
         ADD=int(residual is not None),
         LAYER=int(bias is not None),
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmapi._device import OLDEST_CAPABILITY
 from llmapi.errors import BuildError
 
 CSRC = Path(__file__).parent / "csrc"
@@ -61,7 +62,7 @@ def architecture(major: int, minor: int) -> str:
     >>> architecture(9, 0)
     'sm_90a'
     """
-    if (major, minor) < (7, 5):
+    if (major, minor) < OLDEST_CAPABILITY:
         raise BuildError(
             f"this GPU has compute capability {major}.{minor}; the kernels need 7.5 (Turing) or newer: "
             "use backend='cpu'"

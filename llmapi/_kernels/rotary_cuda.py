@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.gpu import Gpu, dtype_macro
 from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit
 
 
@@ -49,7 +49,7 @@ def rotary_kv_write(
     per_access = 16 // qkv.element_size()
     wide = not interleaved and rotary_dim == head_dim and head_dim % (2 * per_access) == 0
     entry = "rotary_kv_write" + ("_wide" if wide else "_interleaved" if interleaved else "")
-    unit = Unit.of("rotary.cu", LLM_DTYPE=DTYPE_MACRO[str(qkv.dtype).removeprefix("torch.")])
+    unit = Unit.of("rotary.cu", LLM_DTYPE=dtype_macro(qkv.dtype))
     kernel = gpu.kernel(unit, entry, "ppppppiiiil", overlap=True)
     work = (heads + 2 * kv_heads) * head_dim // (2 * per_access if wide else 2)
     threads = min(256, work + 31 & ~31)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from llmapi._kernels.gpu import Gpu, Kernel
+from llmapi._kernels.gpu import Gpu, Kernel, dtype_macro
 from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit
 
 ROW = np.dtype(
@@ -102,7 +102,7 @@ class SampleKernels:
         self._gpu = gpu
         self._vocab = vocab_size
         self._dtype = logits_dtype
-        self._macro = DTYPE_MACRO[str(logits_dtype).removeprefix("torch.")]
+        self._macro = dtype_macro(logits_dtype)
         for split in {self._split(rows) for rows in range(1, max_rows + 1)}:  # compiled before the first step
             self._kernels(split)
 

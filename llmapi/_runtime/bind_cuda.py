@@ -35,14 +35,12 @@ class CudaPlan:
 
     Attributes:
         decode, context: whether the step may have sequences of one token at its beginning, and others.
-        seqs: rows of the arrays.
         counts: ``[4]`` on the GPU: sequences of one token at the beginning, sequences, tokens, rows of logits.
         seq_lens, query_start: the step's arrays.
     """
 
     decode: bool
     context: bool
-    seqs: int
     counts: torch.Tensor
     seq_lens: torch.Tensor
     query_start: torch.Tensor
@@ -51,13 +49,13 @@ class CudaPlan:
     def of(cls, arrays: Mapping[str, torch.Tensor], shape: StepShape, decodes: int) -> CudaPlan:
         """For a step with this many sequences of one token at its beginning."""
         names = ("counts", "seq_lens", "query_start")
-        return cls(decodes > 0, decodes < shape.seqs, shape.seqs, *(arrays[name] for name in names))
+        return cls(decodes > 0, decodes < shape.seqs, *(arrays[name] for name in names))
 
     @classmethod
     def any(cls, arrays: Mapping[str, torch.Tensor], shape: StepShape) -> CudaPlan:
         """For every step of a shape."""
         names = ("counts", "seq_lens", "query_start")
-        return cls(True, not shape.decode, shape.seqs, *(arrays[name] for name in names))
+        return cls(True, not shape.decode, *(arrays[name] for name in names))
 
 
 class Binder:

@@ -105,7 +105,7 @@ class CudaEngine(Engine):
             decodes = num_decodes(batch)
             wanted = StepShape(len(batch.input_ids), len(batch.seq_lens), rows, decodes == len(batch.input_ids))
             shape = self._graphs.shape(wanted)
-            layout = self._buffers.upload(batch, shape or wanted)
+            layout = self._buffers.upload(batch, shape or wanted, decodes)
             self._resolve_ids(layout.device, sampled)
             if shape is None:
                 plan = CudaPlan.of(layout.device, wanted, decodes)
@@ -146,9 +146,10 @@ class CudaEngine(Engine):
 
         def run() -> None:
             shape = StepShape(total, seqs, seqs, total == seqs)
-            layout = self._buffers.upload(batch, shape)
+            decodes = num_decodes(batch)
+            layout = self._buffers.upload(batch, shape, decodes)
             self._resolve_ids(layout.device, None)
-            self._run(CudaPlan.of(layout.device, shape, num_decodes(batch)), layout.device)
+            self._run(CudaPlan.of(layout.device, shape, decodes), layout.device)
 
         with torch.inference_mode(), self._gpu.current():
             return self._gpu.peak_of(run)

@@ -6,7 +6,6 @@ The order: logits_processors; the min_tokens mask; logit_bias; bad_words; penalt
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llmapi._runtime.params_memo import ParamsMemo
 from llmapi._runtime.penalties import Penalties
 from llmapi._runtime.request import Sequence
 from llmapi.errors import RequestError
@@ -52,12 +52,12 @@ class LogitEdits:
         self._vocab = vocab_size
         self._tokenizer = tokenizer
         self._penalties = Penalties(vocab_size)
-        self._plans: dict[int, tuple[weakref.ref[SamplingParams], _Plan]] = {}
+        self._plans = ParamsMemo(self._prepare)
 
     def wanted(self, sequence: Sequence) -> bool:
         """Whether this sequence's next logits would be changed."""
         params = sequence.request.params
-        return self._plan(params).edits or _held_back(sequence)
+        return self._plans(params).edits or _held_back(sequence)
 
     def apply(self, x: Tensor, sequences: Rows[Sequence]) -> list[RequestError | None]:
         """Edit row ``i`` of ``x`` as ``sequences[i]`` asks.
@@ -72,7 +72,7 @@ class LogitEdits:
         errors: list[RequestError | None] = [None] * len(sequences)
         banned: list[int] = []
         for row, sequence in enumerate(sequences):
-            plan = self._plan(sequence.request.params)
+            plan = self._plans(sequence.request.params)
             try:
                 if plan.error is not None:
                     raise RequestError(plan.error)
@@ -92,16 +92,6 @@ class LogitEdits:
             x.view(-1)[torch.tensor(banned, device=x.device)] = -torch.inf
         self._penalties.apply(x, sequences)
         return errors
-
-    def _plan(self, params: SamplingParams) -> _Plan:
-        """The plan of these params; forgotten with them."""
-        key = id(params)
-        entry = self._plans.get(key)
-        if entry is not None and entry[0]() is params:
-            return entry[1]
-        plans, plan = self._plans, self._prepare(params)
-        plans[key] = weakref.ref(params, lambda _: plans.pop(key, None)), plan
-        return plan
 
     def _prepare(self, params: SamplingParams) -> _Plan:
         bias = None

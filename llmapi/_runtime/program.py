@@ -131,7 +131,6 @@ def torch_function(op: str) -> Callable[..., Any]:
     if op == "getitem":
         return operator.getitem
     fast: dict[str, Callable[..., Any]] = {  # without the cost of resolving an overload at every call
-        "aten.linear.default": torch.nn.functional.linear,
         "aten.add.Tensor": torch.add,
         "aten.view.default": torch.Tensor.view,
         "aten.index_select.default": torch.index_select,

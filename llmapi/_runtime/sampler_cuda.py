@@ -8,7 +8,6 @@ knows its last token, and a long history costs the host nothing.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from llmapi._kernels.sample_cuda import EDIT, MAX_LOGPROBS, ROW, SampleKernels, 
 from llmapi._runtime.draw import _COLDEST
 from llmapi._runtime.logit_edits import _completing, _held_back
 from llmapi._runtime.logprobs import _ranked
+from llmapi._runtime.params_memo import ParamsMemo
 from llmapi._runtime.request import Sequence
 from llmapi._runtime.sampler import Sampled, Sampler, SampleRow, SamplerTokenizer, _no_choice
 from llmapi._runtime.token_counts import TokenCounts
@@ -104,7 +104,7 @@ class CudaSampler(Sampler):
         self._kernels = SampleKernels(gpu, vocab_size=vocab_size, max_rows=max_rows, logits_dtype=logits_dtype)
         self._counts = TokenCounts(vocab_size, gpu.device)
         self._scratch: Tensor | None = None  # [rows, V] float32: edited logits
-        self._fixed: dict[int, tuple[weakref.ref[SamplingParams], _Fixed]] = {}
+        self._settings = ParamsMemo(self._prepare)
         self._last_ids: Tensor | None = None
         self._batch = self._begin([], [])
 
@@ -220,7 +220,7 @@ class CudaSampler(Sampler):
         """Ids that may not come next; ids beyond the vocabulary are left out."""
         banned = set(sequence.request.stop_token_ids) if _held_back(sequence) else set()
         if own.words:
-            banned.update(_completing(self._edits._plan(sequence.request.params), sequence))
+            banned.update(_completing(self._edits._plans(sequence.request.params), sequence))
         return [t for t in banned if t < self._vocab]
 
     def _scratch_rows(self, count: int) -> npt.NDArray[np.uint64]:
@@ -231,18 +231,8 @@ class CudaSampler(Sampler):
         step = 4 * self._vocab
         return np.arange(count, dtype=np.uint64) * np.uint64(step) + np.uint64(self._scratch.data_ptr())
 
-    def _settings(self, params: SamplingParams) -> _Fixed:
-        """The settings of these params; forgotten with them."""
-        key = id(params)
-        entry = self._fixed.get(key)
-        if entry is not None and entry[0]() is params:
-            return entry[1]
-        kept, own = self._fixed, self._prepare(params)
-        kept[key] = weakref.ref(params, lambda _: kept.pop(key, None)), own
-        return own
-
     def _prepare(self, p: SamplingParams) -> _Fixed:
-        plan = self._edits._plan(p)
+        plan = self._edits._plans(p)
         served = not p.logits_processors and not p.returns_generation_logits and plan.error is None
         served = served and (p.logprobs is None or p.logprobs <= MAX_LOGPROBS)
         penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0

@@ -201,7 +201,8 @@ def find_recipe(
     spec = spec_of(config_json)
     dummy_seed = (options.seed or 0) if options.load_format == "dummy" else None
     recipe = Recipe(snapshot, family_of(config_json), spec, resolve(engine, spec), dummy_seed)
-    check_fits(spec, recipe.config, engine.gpu_memory_utilization)
+    if snapshot.config_file is None:  # a .gguf file; others were asked before anything was fetched
+        check_fits(spec, recipe.config, engine.gpu_memory_utilization)
     return snapshot, config_json, recipe
 
 

@@ -99,13 +99,14 @@ class StepBuffers:
             found = self._layouts[shape] = Layout(host, device, at)
         return found
 
-    def upload(self, batch: StepBatch, shape: StepShape) -> Layout:
+    def upload(self, batch: StepBatch, shape: StepShape, decodes: int) -> Layout:
         """Bring a step over; the copies are queued on torch's current stream.
 
         Args:
             batch: what to run; at most as large as ``shape``.
             shape: how its arrays are to lie. What is beyond the batch's own is filled so that nothing is computed:
                 sequences of no tokens, slots that are not written.
+            decodes: :func:`num_decodes` of the batch.
         """
         layout = self.layout(shape)
         host = layout.host
@@ -117,7 +118,7 @@ class StepBuffers:
         _fill(host["seq_lens"], batch.seq_lens, 0)
         _fill(host["query_start"], batch.query_start, tokens)
         _fill(host["logits_indices"], batch.logits_indices, 0)
-        host["counts"][:] = (num_decodes(batch), seqs, tokens, rows)
+        host["counts"][:] = (decodes, seqs, tokens, rows)
         self._device[: layout.size].copy_(self._pinned[: layout.size], non_blocking=True)
         self._upload_tables(batch.block_tables)
         self._copied.record()

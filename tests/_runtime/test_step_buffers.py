@@ -9,7 +9,7 @@ import torch
 
 from llmapi._runtime import step_buffers
 from llmapi._runtime.batch import StepBatch
-from llmapi._runtime.step_buffers import StepBuffers, StepShape, num_decodes
+from llmapi._runtime.step_buffers import Layout, StepBuffers, StepShape, num_decodes
 
 
 class NoEvent:
@@ -40,9 +40,13 @@ def batch(tables: list[list[int]], counts: list[int]) -> StepBatch:
     return StepBatch(ids, ids, ids, tables, lens, starts, [s - 1 for s in starts[1:]], [1] * len(counts), [])
 
 
+def upload(buffers: StepBuffers, step: StepBatch, shape: StepShape) -> Layout:
+    return buffers.upload(step, shape, num_decodes(step))
+
+
 def test_what_is_beyond_the_batch_computes_nothing(buffers: StepBuffers) -> None:
     step = batch([[1], [2, 3]], [1, 3])
-    arrays = buffers.upload(step, StepShape(8, 4, 4, False)).device
+    arrays = upload(buffers, step, StepShape(8, 4, 4, False)).device
     assert arrays["counts"].tolist() == [1, 2, 4, 2]
     assert arrays["source_ids"].tolist() == [5, 6, 7, 8, 0, 0, 0, 0]
     assert arrays["slot_mapping"].tolist() == [5, 6, 7, 8, -1, -1, -1, -1]
@@ -56,16 +60,16 @@ def test_tables_follow_every_change(buffers: StepBuffers) -> None:
     """A table that grows, one whose last block is replaced, and a row that goes to another sequence."""
     first, second = [1, 2], [3]
     shape = StepShape(2, 2, 2, True)
-    buffers.upload(batch([first, second], [1, 1]), shape)
+    upload(buffers, batch([first, second], [1, 1]), shape)
     first.append(7)
     second[-1] = 9
-    buffers.upload(batch([first, second], [1, 1]), shape)
+    upload(buffers, batch([first, second], [1, 1]), shape)
     assert buffers.tables[:2, :3].tolist() == [[1, 2, 7], [9, 0, 0]]
     first[-1] = 8
     first.append(4)  # replaced and grown at once
-    buffers.upload(batch([first, [5, 6]], [1, 1]), shape)
+    upload(buffers, batch([first, [5, 6]], [1, 1]), shape)
     assert buffers.tables[:2, :4].tolist() == [[1, 2, 8, 4], [5, 6, 0, 0]]
-    buffers.upload(batch([[5, 6], first], [1, 1]), shape)
+    upload(buffers, batch([[5, 6], first], [1, 1]), shape)
     assert buffers.tables[0, :2].tolist() == [5, 6] and buffers.tables[1, :4].tolist() == [1, 2, 8, 4]
 
 

@@ -16,14 +16,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def offline_and_quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No network, no bars, and no cache but the tests' own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
-        patch.setenv("LLMAPI_CACHE_DIR", str(tmp_path_factory.mktemp("default-cache")))
-        patch.setenv("LLMAPI_PROGRESS", "0")
-        yield
+def everywhere(offline_and_quiet: None) -> None:
+    """All tests here run so."""
 
 
 @pytest.fixture(scope="session")

@@ -12,16 +12,14 @@ import torch
 
 from llmapi._build.export import export_graph
 from llmapi._build.tensor_file import TensorFile
-from llmapi._build.weights import converted, tensor_specs, write_weights
 from llmapi._kernels import relative_error
 from llmapi._kernels.gpu import Gpu
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine_cuda import CudaEngine
 from llmapi._runtime.weights_cuda import read_weights
 from llmapi.config import EngineOptions, KvCacheConfig, resolve
-from llmapi.models.family import family_of, spec_of
 from llmapi.models.transformer import constants
-from tests.models.test_parity import CASES, Memory, run, state_of
+from tests.models.test_parity import CASES, run, write_model
 from tests.tiny import VOCAB, tiny_config, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -38,13 +36,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
     def build(family: str, overrides: dict[str, Any], dtype: str = "float32") -> tuple[CudaEngine, Any]:
         model = tiny_model(tiny_config(family, **{**LARGE.get(family, WIDE), **overrides}))
-        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-        spec = spec_of(config)
-        specs = tensor_specs(spec, dtype)
         path = tmp_path / "model.safetensors"
-        with path.open("wb") as out:
-            values = converted(Memory(state_of(model)), family_of(config), spec, specs)  # type: ignore[arg-type]
-            write_weights(out, specs, values, lambda done: None)
+        spec = write_model(model, path, dtype)
         kv = KvCacheConfig(max_tokens=64 * BLOCK, block_size=BLOCK)
         options = EngineOptions(backend="cuda", dtype=dtype, max_seq_len=256, max_batch_size=16, kv_cache=kv)
         graph, device = export_graph(spec), torch.device("cuda", 0)

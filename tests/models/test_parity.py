@@ -18,6 +18,7 @@ from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine_cpu import CpuEngine
 from llmapi.config import EngineOptions, KvCacheConfig, resolve
 from llmapi.models.family import family_of, spec_of
+from llmapi.models.spec import TransformerSpec
 from llmapi.models.transformer import constants
 from tests.tiny import VOCAB, tiny_config, tiny_model
 
@@ -74,6 +75,17 @@ def state_of(model: Any) -> dict[str, torch.Tensor]:
     return state
 
 
+def write_model(model: Any, path: Path, dtype: str) -> TransformerSpec:
+    """Convert a model of transformers to a weights file; what it is."""
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    spec = spec_of(config)
+    specs = tensor_specs(spec, dtype)
+    with path.open("wb") as out:
+        values = converted(Memory(state_of(model)), family_of(config), spec, specs)  # type: ignore[arg-type]
+        write_weights(out, specs, values, lambda done: None)
+    return spec
+
+
 # Both ways of the CPU backend: compiled kernels, and torch's operators where there is no compiler.
 WAYS = ["compiled", "torch"]
 Make = Callable[..., tuple[CpuEngine, Any]]
@@ -87,13 +99,8 @@ def make(tmp_path: Path, request: pytest.FixtureRequest) -> Make:
 
     def build(family: str, overrides: dict[str, Any], dtype: str = "float32") -> tuple[CpuEngine, Any]:
         model = tiny_model(tiny_config(family, **overrides))
-        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-        spec = spec_of(config)
-        specs = tensor_specs(spec, dtype)
         path = tmp_path / "model.safetensors"
-        with path.open("wb") as out:
-            values = converted(Memory(state_of(model)), family_of(config), spec, specs)  # type: ignore[arg-type]
-            write_weights(out, specs, values, lambda done: None)
+        spec = write_model(model, path, dtype)
         options = EngineOptions(dtype=dtype, max_seq_len=256, kv_cache=KvCacheConfig(max_tokens=64 * BLOCK))
         engine = CpuEngine(export_graph(spec), TensorFile(path), constants(spec), spec, resolve(options, spec), kernels)
         return engine, model
