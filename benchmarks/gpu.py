@@ -12,10 +12,13 @@ captures and warms up, the second is measured; ``--repeats`` measures more of th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,46 +75,57 @@ ROWS = [
 ]
 
 
+@contextlib.contextmanager
+def dummy_llm(folder: Path, name: str, rows: list[Row], **options: Any) -> Iterator[Any]:
+    """An LLM of a shape with random weights, large enough for these workloads."""
+    from llmapi import LLM
+
+    (folder / "config.json").write_text(json.dumps({**COMMON, **MODELS[name]}))
+    batch = max(row.prompts for row in rows)
+    length = max(row.tokens_in + row.tokens_out for row in rows)
+    limits = {"max_batch_size": batch, "max_seq_len": length, "enable_prefix_caching": False, **options}
+    with LLM(
+        str(folder), backend="cuda", load_format="dummy", skip_tokenizer_init=True, progress=False, **limits
+    ) as llm:
+        yield llm
+
+
+def prompts_of(row: Row) -> list[list[int]]:
+    """The token ids of a workload, the same in every run."""
+    rng = random.Random(row.prompts)
+    vocab = MODELS[row.model]["vocab_size"]
+    return [[rng.randrange(3, vocab) for _ in range(row.tokens_in)] for _ in range(row.prompts)]
+
+
 def run_model(name: str, rows: list[Row], repeats: int, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Every workload of one model on one LLM."""
-    import random
-
-    from llmapi import LLM, SamplingParams
+    from llmapi import SamplingParams
 
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({**COMMON, **MODELS[name]}))
-        begin = time.perf_counter()
-        batch = max(row.prompts for row in rows)
-        length = max(row.tokens_in + row.tokens_out for row in rows)
-        limits = {"max_batch_size": batch, "max_seq_len": length, "enable_prefix_caching": False, **options}
-        with LLM(
-            folder, backend="cuda", load_format="dummy", skip_tokenizer_init=True, progress=False, **limits
-        ) as llm:
-            ready = time.perf_counter() - begin
-            print(f"{name}: ready in {ready:.1f} s; {llm.build_report}", flush=True)
-            for row in rows:
-                rng = random.Random(row.prompts)
-                vocab = MODELS[name]["vocab_size"]
-                prompts = [[rng.randrange(3, vocab) for _ in range(row.tokens_in)] for _ in range(row.prompts)]
-                params = SamplingParams(temperature=0, max_tokens=row.tokens_out, ignore_eos=True, detokenize=False)
-                seen: list[dict[str, float]] = []
-                for turn in range(repeats + 1):
-                    start = time.perf_counter()
-                    steps = llm._loop.steps
-                    outputs = llm.generate(prompts, params, use_tqdm=False)
-                    seconds = time.perf_counter() - start
-                    assert all(len(o.outputs[0].token_ids) == row.tokens_out for o in outputs)
-                    first = statistics.median(o.metrics.first_token_time for o in outputs)
-                    each = statistics.median(o.metrics.time_per_output_token for o in outputs)
-                    rate = row.prompts * row.tokens_out / seconds
-                    steps = llm._loop.steps - steps
-                    if turn:
-                        seen.append({"rate": rate, "first": first, "each": each, "seconds": seconds, "steps": steps})
-                results.append(
-                    {"row": row.name, "ready": ready} | {k: statistics.median(s[k] for s in seen) for k in seen[0]}
-                )
-                _print(row, results[-1])
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, dummy_llm(Path(folder), name, rows, **options) as llm:
+        ready = time.perf_counter() - begin
+        print(f"{name}: ready in {ready:.1f} s; {llm.build_report}", flush=True)
+        for row in rows:
+            prompts = prompts_of(row)
+            params = SamplingParams(temperature=0, max_tokens=row.tokens_out, ignore_eos=True, detokenize=False)
+            seen: list[dict[str, float]] = []
+            for turn in range(repeats + 1):
+                start = time.perf_counter()
+                steps = llm._loop.steps
+                outputs = llm.generate(prompts, params, use_tqdm=False)
+                seconds = time.perf_counter() - start
+                assert all(len(o.outputs[0].token_ids) == row.tokens_out for o in outputs)
+                first = statistics.median(o.metrics.first_token_time for o in outputs)
+                each = statistics.median(o.metrics.time_per_output_token for o in outputs)
+                rate = row.prompts * row.tokens_out / seconds
+                steps = llm._loop.steps - steps
+                if turn:
+                    seen.append({"rate": rate, "first": first, "each": each, "seconds": seconds, "steps": steps})
+            results.append(
+                {"row": row.name, "ready": ready} | {k: statistics.median(s[k] for s in seen) for k in seen[0]}
+            )
+            _print(row, results[-1])
     return results
 
 
