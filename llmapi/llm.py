@@ -262,7 +262,7 @@ class LLM:
         [params] = pair_params(1, sampling_params, SamplingParams())
         request = self._maker.make(prompt, params)
         stream = OutputStream(lambda: self._loop.abort(request.id))
-        self._submit(request, stream.listen, streaming=True)
+        self._submit([request], stream.listen, streaming=True)
         return stream
 
     def generate_async(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> RequestFuture:
@@ -290,7 +290,7 @@ class LLM:
             return future
         loop = self._loop
         future = RequestFuture(request.id, lambda: loop.abort(request.id))
-        self._submit(request, future.listen, streaming=True)
+        self._submit([request], future.listen, streaming=True)
         return future
 
     async def astream(
@@ -385,16 +385,16 @@ class LLM:
     def _maker_for(self, prompt: Any, params: SamplingParams) -> Callable[[], Request]:
         return lambda: self._maker.make(prompt, params)
 
-    def _submit(self, request: Request, listener: Callable[[RequestOutput], None], *, streaming: bool) -> None:
+    def _submit(self, requests: list[Request], listener: Callable[[RequestOutput], None], *, streaming: bool) -> None:
         from llmapi._runtime.job import Job
 
-        self._loop.submit(Job(request, self._prepared.tokenizer, listener, streaming))
+        self._loop.submit([Job(request, self._prepared.tokenizer, listener, streaming) for request in requests])
 
     def _run(self, makers: list[Callable[[], Request]], prompts: list[Any], use_tqdm: bool) -> list[RequestOutput]:
         from llmapi._runtime.gather import gather
 
-        def submit(request: Request, listener: Callable[[RequestOutput], None]) -> None:
-            self._submit(request, listener, streaming=False)
+        def submit(requests: list[Request], listener: Callable[[RequestOutput], None]) -> None:
+            self._submit(requests, listener, streaming=False)
 
         return gather(makers, prompts, submit, self.abort, progress=use_tqdm and len(makers) > 1)
 

@@ -19,12 +19,13 @@ from llmapi.outputs import CompletionOutput, RequestOutput
 log = logging.getLogger("llmapi")
 
 _refusals = itertools.count()  # requests that were refused have no id of the maker's
+_TOGETHER = 0.01  # seconds that requests are gathered before they are submitted, so that steps are full from the first
 
 
 def gather(
     makers: list[Callable[[], Request]],
     prompts: list[Any],
-    submit: Callable[[Request, Callable[[RequestOutput], None]], None],
+    submit: Callable[[list[Request], Callable[[RequestOutput], None]], None],
     abort: Callable[[Iterable[str]], None],
     *,
     progress: bool,
@@ -34,7 +35,7 @@ def gather(
     Args:
         makers: make the requests; what one raises is its own, unless it is alone.
         prompts: as the user gave them, for the outputs of those that could not be made.
-        submit: takes a request and who listens for its final output.
+        submit: takes requests and who listens for their final outputs.
         abort: ends requests by their ids.
         progress: whether to draw a bar.
 
@@ -44,6 +45,8 @@ def gather(
     finished: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
     outputs: dict[str, RequestOutput] = {}
     ids: list[str] = []
+    made: list[Request] = []
+    since = time.perf_counter()
     try:
         for index, make in enumerate(makers):
             try:
@@ -55,7 +58,11 @@ def gather(
                 outputs[ids[-1]] = _refused(ids[-1], prompts[index], error)
                 continue
             ids.append(request.id)
-            submit(request, finished.put)
+            made.append(request)
+            if time.perf_counter() - since > _TOGETHER:
+                submit(made, finished.put)
+                made, since = [], time.perf_counter()
+        submit(made, finished.put)
         with _bar(len(makers), progress) as done:
             done(len(outputs), 0)
             while len(outputs) < len(ids):

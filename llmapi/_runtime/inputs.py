@@ -51,7 +51,8 @@ def _plain(value: Any) -> Any:
 def _are_ids(value: object) -> bool:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)):
         return False
-    return all(isinstance(v, Integral) and not isinstance(v, bool) for v in value)
+    kinds = set(map(type, value))  # a long prompt is looked at once, quickly
+    return kinds <= {int} or all(issubclass(kind, Integral) and kind is not bool for kind in kinds)
 
 
 def pair_params(

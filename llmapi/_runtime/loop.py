@@ -50,8 +50,8 @@ class EngineLoop:
 
     # ---- called from any thread
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; its listener hears of it.
+    def submit(self, jobs: list[Job]) -> None:
+        """Queue jobs, which then may begin in one step; their listeners hear of them.
 
         Raises:
             EngineClosedError: the loop was closed, or runs in another process.
@@ -64,7 +64,7 @@ class EngineLoop:
                     "this process was forked from the one where this LLM runs, and threads do not come along: make an "
                     "LLM here, or start processes with multiprocessing.get_context('spawn')"
                 )
-            self._arriving.append(job)
+            self._arriving += jobs
             if self._thread is None:
                 self._thread = threading.Thread(target=self._main, name="llmapi-loop", daemon=True)
                 self._thread.start()
