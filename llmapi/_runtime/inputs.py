@@ -52,7 +52,7 @@ def _are_ids(value: object) -> bool:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)):
         return False
     kinds = set(map(type, value))  # a long prompt is looked at once, quickly
-    return kinds <= {int} or all(issubclass(kind, Integral) and kind is not bool for kind in kinds)
+    return kinds <= {int} or all(issubclass(kind, Integral) and not issubclass(kind, bool) for kind in kinds)
 
 
 def pair_params(

@@ -94,8 +94,10 @@ DEVICE float block_sum(float x, float* scratch) {
 
 // ---- programmatic dependent launch (Hopper and newer; nothing elsewhere)
 //
-// A kernel that is launched with `overlap` must call pdl_wait() in every block before it touches anything that another
-// kernel of the stream writes or reads. Weights may be read before. pdl_launch() lets the next kernel start.
+// A kernel that is launched with `overlap` may start before those ahead of it have ended. Every block must call
+// pdl_wait() before it ends, and before it touches anything that other kernels of the step write or read. What was
+// complete before the step began may be read earlier: weights, lengths, block tables, keys and values of earlier steps.
+// pdl_launch() lets the next kernel start; called first, it lets that one fetch such things while this one still waits.
 
 DEVICE void pdl_wait() {
 #if __CUDA_ARCH__ >= 900

@@ -10,8 +10,8 @@ extern "C" __global__ void __launch_bounds__(1024) context_plan(Queue* queue, co
                                                                 int keys_per_part) {
   extern __shared__ int2 work[];  // (tokens, tiles) of each sequence in prefill
   __shared__ int total, all;
-  pdl_wait();
   pdl_launch();
+  pdl_wait();
   int from = counts[0], sequences = counts[1] - from;
   if (threadIdx.x == 0) total = all = 0;
   __syncthreads();

@@ -33,7 +33,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
   char* ring = shared + warp * (STAGES * STAGE_BYTES);
   float* regions = reinterpret_cast<float*>(shared + WARPS * STAGES * STAGE_BYTES) + across * (ALONG / 2) * REGION;
 
-  pdl_wait();
   pdl_launch();
 
   // How the line is shared out: every warp works it out for itself.
@@ -46,7 +45,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
   int rounds = CEIL_DIV(batch, 1024), blocks = gridDim.x, longest, live;
   int mine = tally(work, rounds, longest, live);
   int total = warp_total(mine) * SETS;
-  if (total == 0) return;
+  if (total == 0) {
+    pdl_wait();
+    return;
+  }
   work.share = max(CEIL_DIV(total, blocks), LEAST);
   if (live * SETS <= blocks) {
     Work even = work;
@@ -62,7 +64,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
     }
   }
   int start = blockIdx.x * work.share, stop = min(start + work.share, total);
-  if (start >= total) return;
+  if (start >= total) {
+    pdl_wait();
+    return;
+  }
 
   // The piece where this block's stretch starts.
   Piece first;
@@ -165,8 +170,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
     cp_async_commit();
   };
   look_ahead();
+  // Tiles of earlier steps are on their way before this step's keys are there; a piece's last tile holds the new token.
+  int filled = 0;
 #pragma unroll 1
-  for (int i = 0; i < STAGES; i++) refill(i);
+  for (; filled < STAGES && !(pending && place.high <= TILE); filled++) refill(filled);
+  pdl_wait();
+#pragma unroll 1
+  for (; filled < STAGES; filled++) refill(filled);
   int stage = 0;
 
   // The computing side.

@@ -23,8 +23,8 @@ static constexpr int N = 16 / sizeof(scalar_t);
 
 // Grid: x over the columns, y over the rows.
 extern "C" __global__ void gated_activation(const scalar_t* __restrict__ gate_up, scalar_t* __restrict__ out, int width) {
-  pdl_wait();
   pdl_launch();
+  pdl_wait();
   const scalar_t* gate = gate_up + (int64_t)blockIdx.y * 2 * width;
   const scalar_t* up = gate + width;
   out += (int64_t)blockIdx.y * width;

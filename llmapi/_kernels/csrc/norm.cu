@@ -52,8 +52,8 @@ norm_rows(const scalar_t* __restrict__ x, const scalar_t* residual, const scalar
       int at = (j * blockDim.x + threadIdx.x) * N;
       if (at < width) weights[j] = load<scalar_t, N>(weight + at);
     }
-    pdl_wait();
     pdl_launch();
+    pdl_wait();
 #pragma unroll
     for (int j = 0; j < MOST; j++) {
       int at = (j * blockDim.x + threadIdx.x) * N;
@@ -99,8 +99,8 @@ norm_rows(const scalar_t* __restrict__ x, const scalar_t* residual, const scalar
     }
     return;
   }
-  pdl_wait();
   pdl_launch();
+  pdl_wait();
   for (int i = threadIdx.x; i < width; i += blockDim.x) {
     float v = value_at(x, residual, sum, i);
     total += v;

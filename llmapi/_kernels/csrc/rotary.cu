@@ -4,8 +4,8 @@
 // cos_sin[t] = (cos(position * inv_freq), sin(...)) * scale. Grid: x over tokens, threads over pairs.
 extern "C" __global__ void rotary_cos_sin(const int* __restrict__ positions, const float* __restrict__ inv_freq,
                                           float* __restrict__ out, int pairs, float scale) {
-  pdl_wait();
   pdl_launch();
+  pdl_wait();
   float position = (float)positions[blockIdx.x];
   out += (int64_t)blockIdx.x * 2 * pairs;
   for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
@@ -100,17 +100,17 @@ DEVICE void write_row_wide(const scalar_t* qkv, const float* cos_sin, const int*
       int heads, int kv_heads, int head_dim, int rotary_dim, int64_t q_stride
 
 extern "C" __global__ void rotary_kv_write(ARGUMENTS) {
-  pdl_wait();
   pdl_launch();
+  pdl_wait();
   write_row<false>(qkv, cos_sin, slots, q, k_cache, v_cache, heads, kv_heads, head_dim, rotary_dim, q_stride);
 }
 extern "C" __global__ void rotary_kv_write_interleaved(ARGUMENTS) {
-  pdl_wait();
   pdl_launch();
+  pdl_wait();
   write_row<true>(qkv, cos_sin, slots, q, k_cache, v_cache, heads, kv_heads, head_dim, rotary_dim, q_stride);
 }
 extern "C" __global__ void rotary_kv_write_wide(ARGUMENTS) {
-  pdl_wait();
   pdl_launch();
+  pdl_wait();
   write_row_wide(qkv, cos_sin, slots, q, k_cache, v_cache, heads, kv_heads, head_dim, q_stride);
 }
