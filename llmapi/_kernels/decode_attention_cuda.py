@@ -7,6 +7,7 @@ warps of a block share a key head; and ``wide``, where they serve neighbouring k
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ HEAD_DIMS = HEAD_SIZES
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 MOST_GROUP = 64
 _MOST_STAGES = 6
-_SIGNATURE = "p" * 12 + "illiffi"
+_SIGNATURE = "p" * 12 + "illiffip"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,26 @@ class Form:
     blocks: int
     shared: int
     tuning: tuple[tuple[str, int | str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The rotation, and the write of the newest key and value, as part of attention (``csrc/new_token.cuh``).
+
+    Attributes:
+        rotated: leading channels of a head that are rotated; 0 for none.
+        interleaved: pairs are neighbours instead of half of them apart.
+    """
+
+    rotated: int
+    interleaved: bool
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, rotated: int, interleaved: bool) -> Fusion | None:
+        """None where the kernel does not do it: in float32, and for rotations that are not by whole octets."""
+        if dtype == torch.float32 or rotated % (8 if interleaved else 16):
+            return None
+        return cls(rotated, interleaved)
 
 
 def passes(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
@@ -100,8 +121,17 @@ def fit(
             )
 
 
-def unit(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int, form: Form) -> Unit:
+def unit(
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    form: Form,
+    fusion: Fusion | None = None,
+) -> Unit:
     """The specialization of the kernel."""
+    fused = {} if fusion is None else {"FUSED": 1, "ROTATED": fusion.rotated, "INTERLEAVED": int(fusion.interleaved)}
     return Unit.of(
         "decode_attention.cu",
         LLM_DTYPE=dtype_macro(dtype),
@@ -113,6 +143,7 @@ def unit(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_siz
         ACROSS=form.across,
         STAGES=form.stages,
         CTAS=form.blocks,
+        **fused,
         **dict(form.tuning),
     )
 
@@ -128,6 +159,9 @@ def units(dtype: str) -> list[Unit]:
     for heads, kv_heads, head_dim, across in ((32, 32, 128, 4), (32, 8, 128, 1), (9, 3, 64, 1), (48, 1, 80, 1)):
         form = fit(torch_dtype, heads, kv_heads, head_dim, 64 << 10, across)
         found.append(unit(torch_dtype, heads, kv_heads, head_dim, 16, form))
+        for interleaved in (False, True):
+            if fusion := Fusion.of(torch_dtype, head_dim // 32 * 16, interleaved):
+                found.append(unit(torch_dtype, heads, kv_heads, head_dim, 16, form, fusion))
     return found
 
 
@@ -144,6 +178,7 @@ class DecodeAttention:
         max_batch_size: most rows of a call.
         max_seq_len: most tokens of a sequence.
         forms: overrides the layouts ``(single, narrow, wide)``, for measurements and tests.
+        fusions: those that calls will ask for.
 
     Attributes:
         workspace_bytes: what it holds on the GPU.
@@ -165,6 +200,7 @@ class DecodeAttention:
         max_batch_size: int,
         max_seq_len: int,
         forms: tuple[Form, Form, Form] | None = None,
+        fusions: Iterable[Fusion] = (),
     ) -> None:
         check(dtype, kv_dtype, heads, kv_heads, head_dim, block_size)
         self._block_size = block_size
@@ -172,18 +208,18 @@ class DecodeAttention:
         self._max_tiles = -(-max_seq_len // 16) + 1
         self._sms = gpu.sms
         self._forms = forms or default_forms(gpu, dtype, heads, kv_heads, head_dim)
-        self._kernels: dict[Form, Kernel] = {}
+        self._kernels: dict[tuple[Form, Fusion | None], Kernel] = {}
         count, rows = passes(dtype, heads, kv_heads, head_dim)
-        floats = 1
-        for form in self._forms:
-            self._kernels[form] = gpu.kernel(
-                unit(dtype, heads, kv_heads, head_dim, block_size, form),
-                "decode_attention",
-                _SIGNATURE,
-                shared=form.shared,
-                overlap=True,
-            )
-            floats = max(floats, gpu.sms * form.blocks * 2 * form.across * rows * (head_dim + 2))
+        wanted = {
+            (form, fusion): unit(dtype, heads, kv_heads, head_dim, block_size, form, fusion)
+            for form in self._forms
+            for fusion in (None, *fusions)
+        }
+        gpu.prefetch(wanted.values())
+        for (form, fusion), source in wanted.items():
+            kernel = gpu.kernel(source, "decode_attention", _SIGNATURE, shared=form.shared, overlap=True)
+            self._kernels[form, fusion] = kernel
+        floats = max(gpu.sms * form.blocks * 2 * form.across * rows * (head_dim + 2) for form in self._forms)
         self._virtual_heads = kv_heads * count
         self._partials = torch.empty(floats, dtype=torch.float32, device=gpu.device)
         self._counters = torch.zeros(max_batch_size * self._virtual_heads, dtype=torch.int32, device=gpu.device)
@@ -206,6 +242,8 @@ class DecodeAttention:
         sinks: torch.Tensor | None,
         counts: torch.Tensor | None = None,
         batch: int | None = None,
+        fusion: Fusion | None = None,
+        cos_sin: torch.Tensor | None = None,
     ) -> None:
         """Attention of sequences with one new token; rows of others are not written.
 
@@ -221,6 +259,10 @@ class DecodeAttention:
                 :func:`llmapi._kernels.paged_attention.paged_attention`; slopes and sinks in float32.
             counts: int32; if given, only the first ``counts[0]`` sequences take part.
             batch: sequences to look at; all of ``seq_lens`` if None.
+            fusion: one of those that this object was made for. Then ``q`` is a view into packed rows, queries, keys and
+                values, as the projection left them; the queries are rotated on the way in, and the keys and values
+                of the rows served are written to the caches.
+            cos_sin: ``[R, rotated]`` float32, for a fusion that rotates.
 
         Raises:
             BuildError: more sequences than ``max_batch_size``, or slopes or sinks that are not float32.
@@ -237,7 +279,7 @@ class DecodeAttention:
         sets = self._virtual_heads // form.across
         tiles = min(self._max_tiles, block_tables.shape[1] * self._block_size // 16 + 2)
         blocks = min(self._sms * form.blocks, batch * sets * tiles)
-        self._kernels[form](
+        self._kernels[form, fusion](
             (blocks, 1, 1),
             32 * form.warps,
             out,
@@ -259,6 +301,7 @@ class DecodeAttention:
             scale,
             softcap,
             window,
+            cos_sin,
             shared=form.shared,
         )
 

@@ -1,13 +1,14 @@
 """Binder: what runs on the GPU for each node of the graph. Decided once, at load.
 
 Three nodes need more than a launch: attention, which is two kernels that share a workspace; rotary embedding, which
-leaves the queries where they are; and linear layers, for which the fastest of several implementations is taken.
+leaves the queries where they are, and is part of attention in steps of decoding; and linear layers, for which the
+fastest of several implementations is taken.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from llmapi._build.graph import Graph, Node, Ref
 from llmapi._kernels import OPS
 from llmapi._kernels.context_attention_cuda import ContextAttention
-from llmapi._kernels.decode_attention_cuda import DecodeAttention
+from llmapi._kernels.decode_attention_cuda import DecodeAttention, Fusion
 from llmapi._kernels.gated_activation_cuda import gated_activation
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.rotary_cuda import rotary_kv_write
@@ -58,6 +59,15 @@ class CudaPlan:
         return cls(True, not shape.decode, *(arrays[name] for name in names))
 
 
+@dataclass(frozen=True, slots=True)
+class Unrotated:
+    """Queries in packed rows as the projection left them; attention is to rotate them and to write keys and values."""
+
+    queries: torch.Tensor
+    cos_sin: torch.Tensor | None
+    fusion: Fusion
+
+
 class Binder:
     """Implementations for one engine.
 
@@ -87,7 +97,9 @@ class Binder:
             "head_dim": spec.head_dim, "block_size": config.block_size,
             "max_batch_size": config.max_batch_size, "max_seq_len": config.max_seq_len,
         }  # fmt: skip
-        self._decode = DecodeAttention(gpu, **heads)
+        rotated = 0 if spec.rope is None else spec.rope.rotary_dim
+        self._fusions = self._find_fusions(dtype, rotated)
+        self._decode = DecodeAttention(gpu, **heads, fusions=set(self._fusions.values()))
         self._context = ContextAttention(gpu, **heads, max_num_tokens=config.max_num_tokens)
         self.choices = LinearChoices(gpu, dtype)
 
@@ -121,7 +133,11 @@ class Binder:
             return call_of(partial(gated_activation, self._gpu), args, kwargs)
         if node.op == "llmapi.rotary_kv_write.default":
             alone = self._uses[node.args[0].name] == 1
-            return call_of(partial(rotary_kv_write, self._gpu, in_place=alone), args, kwargs)
+            write = partial(rotary_kv_write, self._gpu, in_place=alone)
+            fusion = self._fusions.get(node.name)
+            if fusion is None:
+                return call_of(write, args, kwargs)
+            return call_of(partial(self._rotary, write, fusion), args, kwargs, plan=True)
         if node.op == "llmapi.paged_attention.default":
             return call_of(self._attention, args, kwargs, plan=True)
         if node.op in OPS:
@@ -144,9 +160,43 @@ class Binder:
         weight, *bias = (self._values[ref.name] for ref in linear.args[1:] if isinstance(ref, Ref))
         return call_of(CudaLinear(self.choices, weight, bias[0] if bias else None, gate=str(args[1])), args[:1], {})
 
+    def _find_fusions(self, dtype: torch.dtype, rotated: int) -> dict[str, Fusion]:
+        """The rotary nodes whose work attention can do: nobody else reads what they read and what they return."""
+        found = {}
+        for node in self._graph.nodes:
+            if node.op != "llmapi.paged_attention.default":
+                continue
+            source = self._nodes.get(node.args[0].name)
+            if source is None or source.op != "llmapi.rotary_kv_write.default" or self._uses[source.name] != 1:
+                continue
+            qkv, cos_sin, *_, interleaved = source.args
+            fusion = Fusion.of(dtype, 0 if cos_sin is None else rotated, bool(interleaved))
+            if fusion is not None and self._uses[qkv.name] == 1:
+                found[source.name] = fusion
+        return found
+
+    def _rotary(
+        self,
+        write: Callable[..., torch.Tensor],
+        fusion: Fusion,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor | None,
+        slot_mapping: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        interleaved: bool,
+        *,
+        plan: CudaPlan,
+    ) -> torch.Tensor | Unrotated:
+        if plan.context:
+            return write(qkv, cos_sin, slot_mapping, k_cache, v_cache, interleaved)
+        kv_heads, head_dim = k_cache.shape[2:]
+        heads = qkv.view(qkv.shape[0], -1, head_dim)
+        return Unrotated(heads[:, : heads.shape[1] - 2 * kv_heads], cos_sin, fusion)
+
     def _attention(
         self,
-        q: torch.Tensor,
+        q: torch.Tensor | Unrotated,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         block_tables: torch.Tensor,
@@ -160,12 +210,17 @@ class Binder:
         *,
         plan: CudaPlan,
     ) -> torch.Tensor:
+        fused: dict[str, Any] = {}
+        if isinstance(q, Unrotated):
+            fused = {"fusion": q.fusion, "cos_sin": q.cos_sin}
+            q = q.queries
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         options: dict[str, Any] = {
             "scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
         }  # fmt: skip
         if plan.decode:
-            self._decode(out, q, k_cache, v_cache, block_tables, seq_lens, None, counts=plan.counts, **options)
+            fused["counts"] = plan.counts
+            self._decode(out, q, k_cache, v_cache, block_tables, seq_lens, None, **options, **fused)
         if plan.context:
             self._context(
                 out, q, k_cache, v_cache, block_tables, seq_lens, query_start, plan.counts, planned=True, **options

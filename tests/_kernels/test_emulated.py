@@ -62,6 +62,15 @@ def test_decode_attention(gpu: EmulatedGpu, at: int) -> None:
     cases.decode_attention(gpu, decode_tests.SHAPES[at], at % 3)
 
 
+@pytest.mark.parametrize("at", range(11), ids=lambda i: "-".join(map(str, decode_tests.SHAPES[i])))
+def test_decode_attention_that_rotates_and_writes(gpu: EmulatedGpu, at: int) -> None:
+    shape = decode_tests.SHAPES[at]
+    layout = decode_tests._forms(decode_tests.DTYPES[shape[0]], *shape[1:4], gpu.shared_memory)[at % 3]
+    for turn, lengths in enumerate((cases.LENGTHS["edges"], [600])):
+        fusion = decode_tests.fusions_of(shape[3])[(at + 2 * turn) % 4]
+        decode_tests.check_fused(gpu, shape, (layout,) * 3, lengths, fusion, cases.SEED, "cpu")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("form", [0, 1, 2], ids=["single", "narrow", "wide"])
 def test_forms_of_decode_attention(gpu: EmulatedGpu, form: int) -> None:
     """Many multiprocessors cut a sequence into many parts; one has all sequences in turn."""

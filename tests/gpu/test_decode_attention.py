@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from llmapi._kernels.decode_attention_cuda import DecodeAttention, Form, fit, unit
+from llmapi._kernels.decode_attention_cuda import DecodeAttention, Form, Fusion, fit, unit
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.nvrtc import architecture, compile_unit
 from llmapi._kernels.op import relative_error
 from llmapi._kernels.paged_attention import PAGED_ATTENTION, paged_attention
+from llmapi._kernels.rotary import ROTARY_KV_WRITE, rotary_kv_write
 from llmapi.errors import BuildError
 
 pytestmark = pytest.mark.gpu
@@ -106,6 +107,7 @@ class Case:
                 self.v[ids[-1].long(), lengths[i] % block_size :] = float("nan")
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
         packed = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, generator=g, device=device).to(dtype)
+        self.packed = packed
         self.q = packed[:, : heads * head_dim].view(rows, heads, head_dim)
         self.scale = head_dim**-0.5 * 1.3
         self.slopes = torch.rand(heads, generator=g, device=device) * 0.2
@@ -119,7 +121,53 @@ class Case:
         return paged_attention(q, *args)
 
 
-def _attention(gpu: Gpu, shape: Any, forms: tuple[Form, Form, Form] | None = None, batch: int = 64) -> DecodeAttention:
+def check_fused(
+    gpu: Gpu, shape: Any, forms: tuple[Form, Form, Form] | None, lengths: Any, fusion: Fusion, seed: int, device: str
+) -> None:
+    """Rotation and write as part of attention against the two references, one after the other."""
+    dtype, heads, kv_heads, head_dim, block_size = DTYPES[shape[0]], *shape[1:]
+    attention = _attention(gpu, shape, forms, batch=max(64, len(lengths)), fusions=(fusion,))
+    for window, softcap, alibi, sink in VARIANTS:
+        case = Case(seed, dtype, heads, kv_heads, head_dim, block_size, lengths, device)
+        slopes, sinks = case.slopes if alibi else None, case.sinks if sink else None
+        live = case.lengths > 0
+        last = (case.lengths - 1).clamp(min=0).long()
+        blocks = case.tables.gather(1, (last // block_size)[:, None])[:, 0].long()
+        case.k[blocks, last % block_size] = float("nan")  # nobody has written them yet
+        case.v[blocks, last % block_size] = float("nan")
+        g = torch.Generator(device).manual_seed(seed + 1)
+        angles = torch.rand(len(lengths), fusion.rotated // 2, generator=g, device=device) * 6.28
+        cos_sin = torch.cat((angles.cos(), angles.sin()), -1) if fusion.rotated else None
+        slots = torch.where(live, blocks * block_size + last % block_size, -1).int()
+        expected = Case(seed, dtype, heads, kv_heads, head_dim, block_size, lengths, device)
+        expected.k, expected.v = case.k.clone(), case.v.clone()
+        expected.q = rotary_kv_write(case.packed, cos_sin, slots, expected.k, expected.v, fusion.interleaved)
+        for attempt in range(2):
+            out = torch.full_like(case.q, float("nan"))
+            attention(
+                out, case.q, case.k, case.v, case.tables, case.lengths, None,
+                scale=case.scale, window=window, softcap=softcap, alibi_slopes=slopes, sinks=sinks,
+                fusion=fusion, cos_sin=cos_sin,
+            )  # fmt: skip
+            message = f"seed {seed} {fusion} window {window} cap {softcap} alibi {alibi} sink {sink} call {attempt}"
+            error = relative_error(out[live], expected.expected(window, softcap, slopes, sinks))
+            assert error <= PAGED_ATTENTION.tolerance[dtype], f"{error} {message}"
+            assert out[~live].isnan().all(), message
+        for found, theirs in ((case.k, expected.k), (case.v, expected.v)):
+            assert torch.equal(found.isnan(), theirs.isnan()), message
+            error = relative_error(found.nan_to_num(), theirs.nan_to_num())
+            assert error <= ROTARY_KV_WRITE.tolerance[dtype], f"{error} {message}"
+
+
+def fusions_of(head_dim: int) -> list[Fusion]:
+    """Whole and partial rotations, neighbouring pairs, and none."""
+    half = head_dim // 32 * 16
+    return [Fusion(half, False), Fusion(head_dim // 16 * 16, False), Fusion(half + 8, True), Fusion(0, False)]
+
+
+def _attention(
+    gpu: Gpu, shape: Any, forms: tuple[Form, Form, Form] | None = None, batch: int = 64, fusions: Any = ()
+) -> DecodeAttention:
     dtype, heads, kv_heads, head_dim, block_size = shape
     return DecodeAttention(
         gpu,
@@ -132,6 +180,7 @@ def _attention(gpu: Gpu, shape: Any, forms: tuple[Form, Form, Form] | None = Non
         max_batch_size=batch,
         max_seq_len=1 << 17,
         forms=forms,
+        fusions=fusions,
     )
 
 
@@ -168,6 +217,15 @@ def test_agrees_with_the_reference(gpu: Gpu, shape: Any, form: int) -> None:
                 error = relative_error(out[live], expected)
                 assert error <= PAGED_ATTENTION.tolerance[dtype], f"{error} {message}"
                 assert out[~live].isnan().all(), message
+
+
+@pytest.mark.parametrize("form", [0, 1, 2], ids=["single", "narrow", "wide"])
+@pytest.mark.parametrize("shape", SHAPES[:11], ids=lambda s: "-".join(map(str, s)))
+def test_rotates_and_writes_as_it_goes(gpu: Gpu, shape: Any, form: int) -> None:
+    layout = _forms(DTYPES[shape[0]], *shape[1:4], gpu.shared_memory)[form]
+    for at, lengths in enumerate(LENGTHS.values()):
+        fusion = fusions_of(shape[3])[(at + form) % 4]
+        check_fused(gpu, shape, (layout, layout, layout), lengths, fusion, random.randrange(1 << 30), "cuda")
 
 
 def test_only_decoding_rows_are_written(gpu: Gpu) -> None:

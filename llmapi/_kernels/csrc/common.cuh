@@ -64,6 +64,13 @@ template <typename T, int N> DEVICE void store(T* to, const Vec<T, N>& value) {
   *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
 
+// Turns the pair (x, y) by an angle.
+DEVICE void rotate_pair(scalar_t& x, scalar_t& y, float cosine, float sine) {
+  float p = to_float(x), r = to_float(y);
+  x = from_float<scalar_t>(p * cosine - r * sine);
+  y = from_float<scalar_t>(r * cosine + p * sine);
+}
+
 // ---- reductions
 
 DEVICE float warp_sum(float x) {

@@ -13,19 +13,24 @@
 // tokens of a block. WARPS: of a block; ACROSS: key heads that they serve side by side, a divisor of WARPS.
 // STAGES: tiles in flight of a warp. CTAS: blocks resident on a multiprocessor. LEAST: fewest tiles of a stretch;
 // WHOLE: pieces up to this many tiles are not split while each has a block of its own. PIECE_COST: what starting and
-// ending a piece costs, in tiles.
+// ending a piece costs, in tiles. FUSED: queries are not rotated, and each sequence's newest key and value are not in the
+// cache yet: all three come from the rows at `q`, see new_token.cuh.
 #include "decode_attention.cuh"
+#if FUSED
+#include "new_token.cuh"
+#endif
 
 // Grid: any number of blocks. partials: [blocks, 2, ACROSS, ROWS, HEAD_DIM] floats, then as many rows of (largest
 // logit, sum). counters: [batch, KV_HEADS * PASSES], zero before and after. counts: null, or [>= 1]: how many sequences
 // of the batch decode. query_start: null, or where sequences start in q; those with more than one row are left out.
+// cos_sin: [rows, ROTATED] if that is not 0, with FUSED.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
-    decode_attention(scalar_t* __restrict__ out, const scalar_t* __restrict__ q, const char* __restrict__ k_cache,
-                     const char* __restrict__ v_cache, const int* __restrict__ tables, const int* __restrict__ seq_lens,
+    decode_attention(scalar_t* __restrict__ out, const scalar_t* __restrict__ q, char* k_cache, char* v_cache,
+                     const int* __restrict__ tables, const int* __restrict__ seq_lens,
                      const int* __restrict__ query_start, const int* __restrict__ counts,
                      const float* __restrict__ alibi, const float* __restrict__ sinks, float* partials, int* counters,
                      int table_stride, int64_t q_stride, int64_t out_stride, int batch, float scale, float softcap,
-                     int window) {
+                     int window, const float* __restrict__ cos_sin) {
   extern __shared__ __align__(16) char shared[];
   __shared__ int arrived[ACROSS];
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -119,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
     if (!more) return;
     int token = (ahead.first_tile + ahead_tile) * TILE;
     place.low = ahead.low - token;
-    place.high = ahead.length - token;
+    place.high = ahead.length - FUSED - token;  // a new token is not in the cache yet
     const int* table = tables + (int64_t)ahead.sequence * table_stride;
 #pragma unroll
     for (int i = 0; i < (BLOCK_SHIFT < 4 ? 2 : 1); i++) {
@@ -170,10 +175,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
     cp_async_commit();
   };
   look_ahead();
-  // Tiles of earlier steps are on their way before this step's keys are there; a piece's last tile holds the new token.
+  // Keys of earlier steps are on their way before this step's are there; a piece's last tile holds the new token.
   int filled = 0;
 #pragma unroll 1
-  for (; filled < STAGES && !(pending && place.high <= TILE); filled++) refill(filled);
+  for (; filled < STAGES && (FUSED || !(pending && place.high <= TILE)); filled++) refill(filled);
   pdl_wait();
 #pragma unroll 1
   for (; filled < STAGES; filled++) refill(filled);
@@ -200,12 +205,35 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
     }
 #pragma unroll
     for (int i = 0; i < OUTS; i++) state.out[i] = 0.0f;
+#if FUSED
+    rotate_queries(queries, cos_sin + (int64_t)query * ROTATED);
+    NewToken token;
+    int last = piece.tiles - 1, turns = last - first_turn(piece);
+    bool brings = to == piece.tiles && turns >= 0 && (turns & (ALONG - 1)) == 0;  // this warp has the last tile
+    if (brings) {
+      const scalar_t* key = q + query * q_stride + (KV_HEADS * GROUP + key_head) * HEAD_DIM;
+      take(token, key, key + KV_HEADS * HEAD_DIM, cos_sin + (int64_t)query * ROTATED);
+      if (pass == 0) {
+        int at = piece.length - 1, block = tables[(int64_t)piece.sequence * table_stride + (at >> BLOCK_SHIFT)];
+        int64_t slot = ((int64_t)block << BLOCK_SHIFT) + (at & ((1 << BLOCK_SHIFT) - 1));
+        int64_t offset = slot * TOKEN_BYTES + key_head * (CHUNKS * 16);
+        put(token, reinterpret_cast<scalar_t*>(k_cache + offset), reinterpret_cast<scalar_t*>(v_cache + offset));
+      }
+    }
+#endif
 
 #pragma unroll 1
     for (int tile = first_turn(piece); tile < to; tile += ALONG) {
       cp_async_wait<STAGES - 1>();
       __syncwarp();
-      const char* keys = ring + stage * STAGE_BYTES;
+      char* keys = ring + stage * STAGE_BYTES;
+#if FUSED
+      if (brings && tile == last) {
+        char* row = keys + (piece.length - 1) % TILE * PITCH;
+        put(token, reinterpret_cast<scalar_t*>(row), reinterpret_cast<scalar_t*>(row + TILE * PITCH));
+        __syncwarp();
+      }
+#endif
       attend(state, queries, keys, keys + TILE * PITCH, (piece.first_tile + tile) * TILE, piece, scale, softcap,
              slopes);
       __syncwarp();

@@ -36,6 +36,15 @@
 #ifndef PIECE_COST
 #define PIECE_COST 1
 #endif
+#ifndef FUSED
+#define FUSED 0
+#endif
+#ifndef ROTATED
+#define ROTATED 0
+#endif
+#ifndef INTERLEAVED
+#define INTERLEAVED 0
+#endif
 
 #define TILE 16
 #define CHUNKS (HEAD_DIM * (int)sizeof(scalar_t) / 16)  // 16-byte chunks of a token's head

@@ -41,11 +41,7 @@ DEVICE void write_row(const scalar_t* qkv, const float* cos_sin, const int* slot
     }
     const scalar_t* from = row + (int64_t)head * head_dim;
     scalar_t x = from[a], y = from[b];
-    if (rotated) {
-      float cosine = factors[pair], sine = factors[pairs + pair], p = to_float(x), r = to_float(y);
-      x = from_float<scalar_t>(p * cosine - r * sine);
-      y = from_float<scalar_t>(r * cosine + p * sine);
-    }
+    if (rotated) rotate_pair(x, y, factors[pair], factors[pairs + pair]);
     scalar_t* to;
     if (head < heads) {
       to = q + token * q_stride + (int64_t)head * head_dim;
@@ -75,11 +71,7 @@ DEVICE void write_row_wide(const scalar_t* qkv, const float* cos_sin, const int*
     Vec<scalar_t, N> x = load<scalar_t, N>(from), y = load<scalar_t, N>(from + half);
     if (head < heads + kv_heads) {
 #pragma unroll
-      for (int k = 0; k < N; k++) {
-        float cosine = factors[at + k], sine = factors[half + at + k], p = to_float(x.at[k]), r = to_float(y.at[k]);
-        x.at[k] = from_float<scalar_t>(p * cosine - r * sine);
-        y.at[k] = from_float<scalar_t>(r * cosine + p * sine);
-      }
+      for (int k = 0; k < N; k++) rotate_pair(x.at[k], y.at[k], factors[at + k], factors[half + at + k]);
     }
     scalar_t* to;
     if (head < heads) {

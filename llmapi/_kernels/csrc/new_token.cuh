@@ -1,0 +1,92 @@
+// The newest token of a decoding sequence, whose query, key and value come straight from the projection: rotated here,
+// written to the cache, and put among the keys and values that attention has in shared memory.
+//
+// With FUSED, decode_attention.cu does the work of rotary.cu for the rows that it serves: a step has one launch less a
+// layer, and the copies of older keys and values need not wait for this step's.
+//
+// ROTATED: channels of a head that are rotated, the leading ones: a multiple of 16, or of 8 with INTERLEAVED (pairs are
+// neighbours); 0 for none. Elements are dealt by octets: 16 bytes of a key, and what four lanes hold of a query.
+#pragma once
+#include "decode_attention.cuh"
+
+#define OCTETS CHUNKS
+#define TURNED (ROTATED / 8)                          // octets that are rotated
+#define PAIRED (INTERLEAVED ? 0 : TURNED / 2)         // whose partner is another octet
+#define KEY_ITEMS (OCTETS - PAIRED)
+#define ITEMS (KEY_ITEMS + OCTETS)                    // of a key and a value; one is an octet, or two that are partners
+#define ROUNDS ((ITEMS + 31) / 32)
+static_assert(LLM_DTYPE != 0 && ROTATED % (INTERLEAVED ? 8 : 16) == 0 && ROTATED <= HEAD_DIM, "see above");
+
+typedef Vec<scalar_t, 8> Octet;
+typedef Vec<scalar_t, 2> Pair;
+
+// cos_sin: [ROTATED / 2] cosines of the token, then as many sines.
+DEVICE void rotate_queries(Queries& queries, const float* cos_sin) {
+  int at = (threadIdx.x & 3) * 2;
+#pragma unroll
+  for (int o = 0; o < (INTERLEAVED ? TURNED : PAIRED); o++) {
+#if INTERLEAVED
+    float cosine = cos_sin[o * 4 + at / 2], sine = cos_sin[ROTATED / 2 + o * 4 + at / 2];
+#else
+    Vec<float, 2> cosines = load<float, 2>(cos_sin + o * 8 + at);
+    Vec<float, 2> sines = load<float, 2>(cos_sin + ROTATED / 2 + o * 8 + at);
+#endif
+#pragma unroll
+    for (int n = 0; n < NTILES; n++) {
+      Pair& x = *reinterpret_cast<Pair*>(&queries.part[n][o / 2][o & 1]);
+#if INTERLEAVED
+      rotate_pair(x.at[0], x.at[1], cosine, sine);
+#else
+      Pair& y = *reinterpret_cast<Pair*>(&queries.part[n][(o + PAIRED) / 2][(o + PAIRED) & 1]);
+      rotate_pair(x.at[0], y.at[0], cosines.at[0], sines.at[0]);
+      rotate_pair(x.at[1], y.at[1], cosines.at[1], sines.at[1]);
+#endif
+    }
+  }
+}
+
+// What a lane holds of the newest key and value: item `round * 32 + lane`.
+struct NewToken {
+  Octet first[ROUNDS], second[ROUNDS];
+};
+
+DEVICE void take(NewToken& token, const scalar_t* key, const scalar_t* value, const float* cos_sin) {
+  int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    int item = r * 32 + lane;
+    Octet &x = token.first[r], &y = token.second[r];
+    if (item < PAIRED) {
+      x = load<scalar_t, 8>(key + item * 8);
+      y = load<scalar_t, 8>(key + (item + PAIRED) * 8);
+      Vec<float, 8> cosines = load<float, 8>(cos_sin + item * 8);
+      Vec<float, 8> sines = load<float, 8>(cos_sin + ROTATED / 2 + item * 8);
+#pragma unroll
+      for (int i = 0; i < 8; i++) rotate_pair(x.at[i], y.at[i], cosines.at[i], sines.at[i]);
+    } else if (item < KEY_ITEMS) {
+      x = load<scalar_t, 8>(key + (item + PAIRED) * 8);
+      if (INTERLEAVED && item < TURNED) {
+        Vec<float, 4> cosines = load<float, 4>(cos_sin + item * 4);
+        Vec<float, 4> sines = load<float, 4>(cos_sin + ROTATED / 2 + item * 4);
+#pragma unroll
+        for (int i = 0; i < 4; i++) rotate_pair(x.at[2 * i], x.at[2 * i + 1], cosines.at[i], sines.at[i]);
+      }
+    } else if (item < ITEMS) {
+      x = load<scalar_t, 8>(value + (item - KEY_ITEMS) * 8);
+    }
+  }
+}
+
+DEVICE void put(const NewToken& token, scalar_t* key, scalar_t* value) {
+  int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    int item = r * 32 + lane;
+    if (item < PAIRED) store(key + item * 8, token.first[r]);
+    if (item < KEY_ITEMS) {
+      store(key + (item + PAIRED) * 8, item < PAIRED ? token.second[r] : token.first[r]);
+    } else if (item < ITEMS) {
+      store(value + (item - KEY_ITEMS) * 8, token.first[r]);
+    }
+  }
+}
