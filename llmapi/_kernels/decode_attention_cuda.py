@@ -59,9 +59,11 @@ class Fusion:
     interleaved: bool
 
     @classmethod
-    def of(cls, dtype: torch.dtype, rotated: int, interleaved: bool) -> Fusion | None:
-        """None where the kernel does not do it: in float32, and for rotations that are not by whole octets."""
-        if dtype == torch.float32 or rotated % (8 if interleaved else 16):
+    def of(cls, dtype: torch.dtype, group: int, rotated: int, interleaved: bool) -> Fusion | None:
+        """None where it is not to be used: in float32, for rotations that are not by whole octets, and for groups of
+        more than 16 query heads, where registers are short.
+        """
+        if dtype == torch.float32 or group > 16 or rotated % (8 if interleaved else 16):
             return None
         return cls(rotated, interleaved)
 
@@ -160,7 +162,7 @@ def units(dtype: str) -> list[Unit]:
         form = fit(torch_dtype, heads, kv_heads, head_dim, 64 << 10, across)
         found.append(unit(torch_dtype, heads, kv_heads, head_dim, 16, form))
         for interleaved in (False, True):
-            if fusion := Fusion.of(torch_dtype, head_dim // 32 * 16, interleaved):
+            if fusion := Fusion.of(torch_dtype, heads // kv_heads, head_dim // 32 * 16, interleaved):
                 found.append(unit(torch_dtype, heads, kv_heads, head_dim, 16, form, fusion))
     return found
 

@@ -98,7 +98,7 @@ class Binder:
             "max_batch_size": config.max_batch_size, "max_seq_len": config.max_seq_len,
         }  # fmt: skip
         rotated = 0 if spec.rope is None else spec.rope.rotary_dim
-        self._fusions = self._find_fusions(dtype, rotated)
+        self._fusions = self._find_fusions(dtype, spec.num_heads // spec.num_kv_heads, rotated)
         self._decode = DecodeAttention(gpu, **heads, fusions=set(self._fusions.values()))
         self._context = ContextAttention(gpu, **heads, max_num_tokens=config.max_num_tokens)
         self.choices = LinearChoices(gpu, dtype)
@@ -160,7 +160,7 @@ class Binder:
         weight, *bias = (self._values[ref.name] for ref in linear.args[1:] if isinstance(ref, Ref))
         return call_of(CudaLinear(self.choices, weight, bias[0] if bias else None, gate=str(args[1])), args[:1], {})
 
-    def _find_fusions(self, dtype: torch.dtype, rotated: int) -> dict[str, Fusion]:
+    def _find_fusions(self, dtype: torch.dtype, group: int, rotated: int) -> dict[str, Fusion]:
         """The rotary nodes whose work attention can do: nobody else reads what they read and what they return."""
         found = {}
         for node in self._graph.nodes:
@@ -170,7 +170,7 @@ class Binder:
             if source is None or source.op != "llmapi.rotary_kv_write.default" or self._uses[source.name] != 1:
                 continue
             qkv, cos_sin, *_, interleaved = source.args
-            fusion = Fusion.of(dtype, 0 if cos_sin is None else rotated, bool(interleaved))
+            fusion = Fusion.of(dtype, group, 0 if cos_sin is None else rotated, bool(interleaved))
             if fusion is not None and self._uses[qkv.name] == 1:
                 found[source.name] = fusion
         return found

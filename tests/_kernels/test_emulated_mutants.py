@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from llmapi._kernels import OPS, sample_cuda
+from llmapi._kernels.decode_attention_cuda import Fusion
 from tests.emulator import build, cases
 from tests.emulator.gpu import EmulatedGpu, EmulationError
+from tests.gpu import test_decode_attention as decode_tests
 from tests.gpu import test_sample as sample_tests
 
 torch.set_num_threads(1)
@@ -23,6 +25,18 @@ def operator(name: str, dtype: torch.dtype = torch.float32) -> Check:
 
 def decode(dtype: str, heads: int, kv_heads: int, dim: int, block: int, form: int, **lengths: list[int]) -> Check:
     return lambda gpu: cases.decode_attention(gpu, (dtype, heads, kv_heads, dim, block), form, lengths or None)
+
+
+def fused(*fusions: Fusion) -> Check:
+    shape = ("bfloat16", 8, 2, 64, 16)
+
+    def check(gpu: EmulatedGpu) -> None:
+        layouts = (decode_tests._forms(torch.bfloat16, *shape[1:4], gpu.shared_memory)[1],) * 3
+        for fusion in fusions:
+            lengths = [300, 1, 0, 16, 33, 17, 200]
+            decode_tests.check_fused(gpu, shape, layouts, lengths, fusion, cases.SEED, "cpu")  # type: ignore[arg-type]
+
+    return check
 
 
 def context(dtype: torch.dtype) -> Check:
@@ -56,6 +70,7 @@ CHECKS: dict[str, Check] = {
     "decode single": decode("bfloat16", 8, 2, 64, 16, 0, mixed=[300, 1, 0, 16, 33, 17, 200]),
     "decode wide": decode("bfloat16", 4, 2, 64, 16, 2, mixed=[300, 1, 0, 16, 33, 17, 200], one=[500]),
     "decode parts": decode("bfloat16", 8, 2, 64, 16, 1, few=[2600, 3]),
+    "decode fused": fused(Fusion(32, False), Fusion(40, True)),
     "decode float32": decode("float32", 6, 2, 80, 8, 1, mixed=[40, 1, 0, 16, 33, 17, 150]),
     "context": context(torch.bfloat16),
     "context float32": context(torch.float32),
@@ -78,10 +93,11 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("norm.cu", "+ to_float(bias[i])", "", "add_layer_norm"),
     ("norm.cu", "weights[j].at[k], bias", "weights[j].at[0], bias", "add_rms_norm"),
     ("norm.cu", "      store<scalar_t, N>(sum + at, kept[j]);\n", "", "add_rms_norm"),
-    ("rotary.cu", "p * cosine - r * sine", "p * cosine + r * sine", "rotary_kv_write"),
+    ("common.cuh", "p * cosine - r * sine", "p * cosine + r * sine", "rotary_kv_write"),
     ("rotary.cu", "factors[half + at + k]", "factors[half + at]", "rotary_kv_write"),
     ("rotary.cu", "INTERLEAVED ? 2 * pair + 1", "INTERLEAVED ? 2 * pair", "rotary_kv_write"),
     ("rotary.cu", "(slot * kv_heads + own)", "(slot + own)", "rotary_kv_write"),
+    ("common.cuh", "r * cosine + p * sine", "p * cosine + r * sine", "rotary_kv_write"),
     ("rotary.cu", "sine * scale", "sine", "rotary_cos_sin"),
     ("rotary.cu", "if (slot < 0) continue;", "", "skipped slots"),
     ("gated_activation.cu", "0.044715f", "0.0447f", "gated_activation"),
@@ -108,6 +124,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("decode_attention.cu", "sum = sum * shrink + exp2_fast(sink - top);", "sum = sum * shrink;", "decode"),
     ("decode_attention.cu", "float keep = exp2_fast(most - top);", "float keep = 1.0f;", "decode parts"),
     ("decode_attention.cu", "along < half) join", "along == 0) join", "decode single"),
+    ("decode_attention.cu", "if (pass == 0) {", "if (pass == 1) {", "decode fused"),
+    ("decode_attention.cu", "(piece.length - 1) % TILE", "piece.length % TILE", "decode fused"),
+    ("decode_attention.cu", "row + TILE * PITCH))", "row))", "decode fused"),
+    ("new_token.cuh", "(item + PAIRED) * 8, item < PAIRED", "item * 8, item < PAIRED", "decode fused"),
+    ("new_token.cuh", "a.y * sines.at[1]", "a.y * sines.at[0]", "decode fused"),
+    ("new_token.cuh", "o * 4 + at / 2]", "o * 4 + at]", "decode fused"),
+    ("common.cuh", "p * cosine - r * sine", "p * cosine + r * sine", "decode fused"),
     ("context_attention.cuh", "key > last_seen", "key >= last_seen", "context"),
     ("context_attention.cuh", "-first - window :", "-first - window - 1 :", "context"),
     ("context_attention.cuh", "highest, __shfl_xor_sync(0xffffffffu, highest, 2)", "highest, highest", "context"),

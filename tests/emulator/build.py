@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -130,14 +131,14 @@ def _digest(*texts: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    own = path.with_name(f"{path.name}.{os.getpid()}")
+    own = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     own.write_text(text)
     own.replace(path)
 
 
 def _compile(options: list[str], out: Path, label: str = "the emulator") -> None:
     assert COMPILER is not None, MISSING
-    own = out.with_name(f"{out.name}.{os.getpid()}")
+    own = out.with_name(f"{out.name}.{os.getpid()}.{threading.get_ident()}")
     done = subprocess.run([COMPILER, *options, "-o", str(own)], capture_output=True, text=True)
     if done.returncode:
         raise BuildFailure(f"g++ refuses {label}:\n{done.stderr}")

@@ -54,6 +54,12 @@ DEVICE uint32_t pack2(__nv_bfloat16, float low, float high) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
+// And back; the first is `x`.
+DEVICE float2 unpack2(__half, uint32_t pair) { return __half22float2(*reinterpret_cast<__half2*>(&pair)); }
+DEVICE float2 unpack2(__nv_bfloat16, uint32_t pair) {
+  return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&pair));
+}
+
 // ---- vectors of N elements, aligned to their size
 
 template <typename T, int N> struct alignas(sizeof(T) * N) Vec {

@@ -18,7 +18,6 @@
 static_assert(LLM_DTYPE != 0 && ROTATED % (INTERLEAVED ? 8 : 16) == 0 && ROTATED <= HEAD_DIM, "see above");
 
 typedef Vec<scalar_t, 8> Octet;
-typedef Vec<scalar_t, 2> Pair;
 
 // cos_sin: [ROTATED / 2] cosines of the token, then as many sines.
 DEVICE void rotate_queries(Queries& queries, const float* cos_sin) {
@@ -33,13 +32,15 @@ DEVICE void rotate_queries(Queries& queries, const float* cos_sin) {
 #endif
 #pragma unroll
     for (int n = 0; n < NTILES; n++) {
-      Pair& x = *reinterpret_cast<Pair*>(&queries.part[n][o / 2][o & 1]);
+      uint32_t& x = queries.part[n][o / 2][o & 1];
+      float2 a = unpack2(scalar_t(), x);
 #if INTERLEAVED
-      rotate_pair(x.at[0], x.at[1], cosine, sine);
+      x = pack2(scalar_t(), a.x * cosine - a.y * sine, a.y * cosine + a.x * sine);
 #else
-      Pair& y = *reinterpret_cast<Pair*>(&queries.part[n][(o + PAIRED) / 2][(o + PAIRED) & 1]);
-      rotate_pair(x.at[0], y.at[0], cosines.at[0], sines.at[0]);
-      rotate_pair(x.at[1], y.at[1], cosines.at[1], sines.at[1]);
+      uint32_t& y = queries.part[n][(o + PAIRED) / 2][(o + PAIRED) & 1];
+      float2 b = unpack2(scalar_t(), y);
+      x = pack2(scalar_t(), a.x * cosines.at[0] - b.x * sines.at[0], a.y * cosines.at[1] - b.y * sines.at[1]);
+      y = pack2(scalar_t(), b.x * cosines.at[0] + a.x * sines.at[0], b.y * cosines.at[1] + a.y * sines.at[1]);
 #endif
     }
   }
