@@ -226,7 +226,7 @@ def test_wide_ranges(gpu: Gpu, seed: int) -> None:
 
 def test_failures(gpu: Gpu) -> None:
     """A failed row fails its request, and no other."""
-    for vocab in (12, 5003):
+    for vocab in (12, 2048, 5003):
         x = noise(14, vocab, 3, torch.float32)
         scores = beam_scores(14, 3)
         x[1, 4] = x[1, 11] = math.nan
@@ -249,6 +249,10 @@ def test_failures(gpu: Gpu) -> None:
         assert got.reasons.tolist() == [0, 0, 1]
         keep = [Candidates(*(getattr(got, f.name)[:2] for f in dataclasses.fields(got)))]
         compare(good[:2], scores[:2], requests[:2], keep[0], constants[:2], "beside a failed one")
+        many = noise(60, vocab, 5, torch.float32)
+        for row in range(7, 60):
+            many[row, : 1 + row % 5] = math.nan
+        assert run(gpu, many, torch.zeros(60), [(60, 4)])[0].reasons.tolist() == [3]
 
 
 def test_unaligned_rows_and_unused_ones(gpu: Gpu, seed: int) -> None:
@@ -423,9 +427,9 @@ def random_step(
     n = sum(r for r, _ in requests)
     parents, lengths = [-1] * n, [0] * n
     for own in request_rows(requests):
-        length = rng.choice([0, 1, block_size, rng.randrange(width * block_size), width * block_size])
+        length = rng.choice([0, 1, block_size, rng.randrange(width * block_size), width * block_size + 1])
         for r in range(own.start, own.stop):
-            lengths[r] = min(max(0, length + rng.choice([0, 0, 0, -1])), width * block_size)
+            lengths[r] = max(0, length + rng.choice([0, 0, 0, -1]))
             parents[r] = -1 if rng.random() < 0.1 else rng.randrange(own.start, own.stop)
     spares = [-1 if rng.random() < 0.2 else 100_000 + r for r in range(n)]
     tokens = [rng.randrange(-1, 50) for _ in range(n)]
