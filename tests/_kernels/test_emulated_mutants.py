@@ -184,7 +184,6 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("beam.cu", "if (want <= n && n <= LIST) return n;", "return n;", "beam ties"),
     ("beam.cu", "if (want <= n && n <= LIST) return n;", "if (n <= LIST) return n;", "beams few"),
     ("beam.cu", "ahead += i < warp ? s.scan[i] : 0", "ahead += s.scan[i]", "beams"),
-    ("beam.cu", "if (run) atomicAdd(&s.count[pending], run);\n    int found", "int found", "beam ties"),
     ("beam.cu", "if (run) atomicAdd(&s.count[pending], run);\n          pending", "pending", "beams by bits"),
     ("beam.cu", "falling_key(score) >> shift <= prefix", "falling_key(score) >> shift < prefix", "beams by bits"),
     ("beam.cu", "return score > last; });", "return score >= last; });", "beam ties"),
