@@ -37,7 +37,7 @@ def candidates(logprobs: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor
         ``[k]`` scores, tokens and beams: by falling score, then by rising beam, then by rising token. What is lacking
         has -inf, -1 and -1.
     """
-    beams, vocab = logprobs.shape
+    vocab = logprobs.shape[1]
     values, order = (logprobs + scores[:, None]).flatten().sort(descending=True, stable=True)
     count = min(k, len(order))
     out = torch.full((k,), -torch.inf), *torch.full((2, k), -1, dtype=torch.int32)

@@ -49,8 +49,8 @@ given                 not 0: ``edited`` already holds the edited log probabiliti
 """
 
 BEAM_REQUEST = np.dtype([("first", "<i4"), ("rows", "<i4"), ("k", "<i4"), ("unused", "<i4")])
-"""One request, as ``struct Request``: its first row, how many rows it has, how many candidates it wants. A request of no
-rows or no candidates is passed over."""
+"""One request, as ``struct Request``: its first row, how many rows it has, how many candidates it wants. A request of
+no rows or no candidates is passed over."""
 
 MAX_BEAMS = 256
 """The most rows of a request."""
@@ -127,8 +127,9 @@ class Candidates:
     @classmethod
     def empty(cls, requests: int, width: int, device: torch.device) -> Candidates:
         """For so many requests and candidates of each."""
-        floats, ints = torch.empty(2, requests, width, device=device).unbind(), torch.empty(
-            2, requests, width, dtype=torch.int32, device=device
+        floats, ints = (
+            torch.empty(2, requests, width, device=device).unbind(),
+            torch.empty(2, requests, width, dtype=torch.int32, device=device),
         )
         return cls(floats[0], ints[0], ints[1], floats[1], torch.zeros(requests, dtype=torch.int32, device=device))
 
@@ -271,7 +272,7 @@ def reorder_tables(
         tokens: ``[N]`` int32: the token with which each row goes on.
         block_size: tokens of a block.
         pairs: ``[at least as many as there are copies, at most N, 2]`` int32, written.
-        totals: ``[2]`` int32, written: how many pairs there are, and how many rows lack a spare; their block becomes -1.
+        totals: ``[2]`` int32, written: how many pairs there are, and how many rows lack a spare: their block is -1.
         ids: ``[N]`` int32, written: ``tokens``, with 0 for -1.
 
     Raises:

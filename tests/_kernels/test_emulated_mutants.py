@@ -49,7 +49,9 @@ def clusters(gpu: EmulatedGpu) -> None:
     sample_tests.test_logprobs(gpu, 4200, torch.float32, 20, cases.SEED)  # type: ignore[arg-type]
 
 
-def beams(vocab: int, requests: list[tuple[int, int]], dtype: torch.dtype = torch.float32, spread: float = 3.0) -> Check:
+def beams(
+    vocab: int, requests: list[tuple[int, int]], dtype: torch.dtype = torch.float32, spread: float = 3.0
+) -> Check:
     def check(gpu: EmulatedGpu) -> None:
         n = sum(rows for rows, _ in requests)
         x = beam_tests.noise(n, vocab, cases.SEED, dtype)
@@ -174,7 +176,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("beam.cu", "LOG2E = 1.44269504f", "LOG2E = 1.4427f", "beams"),
     ("beam.cu", "__fsub_rn(element<scalar_t>(vector, e), top)", "element<scalar_t>(vector, e)", "beams"),
     ("beam.cu", "SUPPORT = 32.0f", "SUPPORT = 8.0f", "beams"),
-    ("beam.cu", "__fsub_rn(__fsub_rn(x, top), log_sum); };\n\n  int", "__fsub_rn(x, __fadd_rn(top, log_sum)); };\n\n  int", "beams"),
+    ("beam.cu", "return __fsub_rn(__fsub_rn(x, top), log_sum);",
+     "return __fsub_rn(x, __fadd_rn(top, log_sum));", "beams"),
     ("beam.cu", "beam << TOKEN_BITS |", "", "beams"),
     ("beam.cu", "rank += list[i] < own", "rank += list[i] <= own", "beams"),
     ("beam.cu", "== !(a & width)", "== !(b & stride)", "beams many"),
@@ -208,14 +211,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("beam_reorder.cu", "&& i < request.first, all", ", all", "beam tables"),
     ("beam_reorder.cu", "(i < warp ? forks[i] : 0)", "0", "beam tables"),
     ("beam_reorder.cu", "lengths[parent] % block_size == 0 && spare >= 0", "false", "beam tables"),
-    ("beam_reorder.cu", "  __syncthreads();\n  for (int i = tid; i < request.rows * columns; i += THREADS) {\n    int row = request.first + i / columns, column = begin + i % columns;\n    if (column < used",
-     "  for (int i = tid; i < request.rows * columns; i += THREADS) {\n    int row = request.first + i / columns, column = begin + i % columns;\n    if (column < used", "beam tables"),
+    ("beam_reorder.cu", "__syncthreads();  // all tables are read", "", "beam tables"),
     ("beam_reorder.cu", "max(0, tokens[row])", "tokens[row]", "beam tables"),
     ("beam_reorder.cu", "/ block_size + 1, width)", "/ block_size, width)", "beam tables apart"),
     ("beam_reorder.cu", "&& lengths[parent] / block_size < width", "&& true", "beam tables"),
     ("beam_reorder.cu", "+ (column == tokens[row])", "", "beam counts"),
-    ("beam_reorder.cu", "  __syncthreads();\n  for (int i = tid; i < request.rows * columns; i += THREADS) {\n    int row = request.first + i / columns, column = begin + i % columns;\n    if (column < end",
-     "  for (int i = tid; i < request.rows * columns; i += THREADS) {\n    int row = request.first + i / columns, column = begin + i % columns;\n    if (column < end", "beam counts"),
+    ("beam_reorder.cu", "__syncthreads();  // all counts are read", "", "beam counts"),
     ("sample.cu", "from += n;", "", "clusters"),
 ]  # fmt: skip
 

@@ -279,9 +279,7 @@ def test_unaligned_rows_and_unused_ones(gpu: Gpu, seed: int) -> None:
                 compare(x[own], scores[own], [requests[q]], only, constants[own], f"seed {seed} lead {lead}")
 
 
-def edited(
-    lp: torch.Tensor, row: Any, counts: torch.Tensor | None, edits: Any
-) -> torch.Tensor:
+def edited(lp: torch.Tensor, row: Any, counts: torch.Tensor | None, edits: Any) -> torch.Tensor:
     """One row's log probabilities, edited."""
     lp = lp.clone()
     for entry in edits[row["edits"] : row["bans"]]:

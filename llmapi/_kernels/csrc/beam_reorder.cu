@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
   }
   if (mine && blockIdx.y == 0) ids[row] = max(0, tokens[row]);
-  __syncthreads();
+  __syncthreads();  // all tables are read
   for (int i = tid; i < request.rows * columns; i += THREADS) {
     int row = request.first + i / columns, column = begin + i % columns;
     if (column < used(parents[row])) target[(int64_t)row * width + column] = tile[i];
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (column >= end || parent < 0 || !target[row]) continue;
     tile[i] = reinterpret_cast<const int*>(source[parent])[column] + (column == tokens[row]);
   }
-  __syncthreads();
+  __syncthreads();  // all counts are read
   for (int i = tid; i < request.rows * columns; i += THREADS) {
     int row = request.first + i / columns, column = begin + i % columns;
     if (column < end && parents[row] >= 0 && target[row]) reinterpret_cast<int*>(target[row])[column] = tile[i];
