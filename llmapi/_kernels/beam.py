@@ -21,7 +21,7 @@ def log_softmax(logits: Tensor, constants: Tensor | None = None) -> Tensor:
         top = x.amax(1, keepdim=True)
         total = (x - top).double().exp().sum(1, keepdim=True).log().float()
     else:
-        top, total = constants.split(1, dim=1)
+        top, total = constants[:, :1], constants[:, 1:]
     return (x - top) - total
 
 
