@@ -38,8 +38,11 @@ def candidates(logprobs: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor
         has -inf, -1 and -1.
     """
     vocab = logprobs.shape[1]
-    values, order = (logprobs + scores[:, None]).flatten().sort(descending=True, stable=True)
-    count = min(k, len(order))
+    flat = (logprobs + scores[:, None]).flatten()
+    count = min(k, len(flat))
+    good = (flat >= flat.topk(count).values[-1]).nonzero()[:, 0]  # all that equal the last one, too
+    values, order = flat[good].sort(descending=True, stable=True)
+    order = good[order]
     out = torch.full((k,), -torch.inf), *torch.full((2, k), -1, dtype=torch.int32)
     out[0][:count], out[1][:count] = values[:count], order[:count] % vocab
     out[2][:count] = order[:count] // vocab

@@ -125,6 +125,10 @@ def test_the_first_step_of_beams(gpu: Any) -> None:
     beam_tests.test_the_first_step_of_beams(gpu)
 
 
+def test_copies_of_forked_blocks(gpu: Any) -> None:
+    beam_tests.test_copies_of_forked_blocks(gpu)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_counts(gpu: Any, in_place: bool) -> None:
     beam_tests.test_counts(gpu, in_place, SEED)

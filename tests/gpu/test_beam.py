@@ -23,6 +23,7 @@ from llmapi._kernels.beam_cuda import (
 )
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.sample_cuda import EDIT
+from llmapi._kernels.step_cuda import copy_blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -486,6 +487,22 @@ def test_the_first_step_of_beams(gpu: Gpu) -> None:
         assert target.tolist() == [[-1] * 3] * 2 + [[5, t, -1] for t in tail]
         assert totals.tolist() == [len(copies), 0] and pairs[: len(copies)].tolist() == copies
         assert ids[2:].tolist() == [3, 4, 5, 6]
+
+
+def test_copies_of_forked_blocks(gpu: Gpu) -> None:
+    """As many as the list has, however long it could be."""
+    caches = [torch.randn(60, 16, 2, 40, generator=torch.Generator().manual_seed(i)).to(gpu.device) for i in range(3)]
+    addresses = torch.tensor([c.data_ptr() for c in caches], device=gpu.device)
+    pairs = torch.tensor([[i % 7, 10 + i] for i in range(45)], dtype=torch.int32)
+    for count in (45, 33, 32, 1, 0):
+        expected = [c.cpu().clone() for c in caches]
+        for cache in expected:
+            cache[10 : 10 + count] = cache[pairs[:count, 0].long()]
+        totals = torch.tensor([count, 99], dtype=torch.int32, device=gpu.device)
+        copy_blocks(gpu, addresses, pairs.to(gpu.device), caches[0][0].nbytes, totals)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(caches, expected, strict=True)), count
+        for cache in caches:
+            cache[10:] = torch.randn(50, 16, 2, 40).to(gpu.device)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
