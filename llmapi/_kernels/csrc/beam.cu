@@ -390,7 +390,7 @@ extern "C" __global__ void __launch_bounds__(1024)
   if (tid == 0) reasons[q] = s.failed < lists ? found[s.failed].reason : 0;
 
   uint64_t bound = ~0ull;  // the last of those kept, once they are all that are wanted
-  int lives = want ? s.lives : 0, room = min(MERGE, 4 * want);
+  int lives = want ? s.lives : 0, room = min(MERGE, max(4 * want, 128));
   while (lives) {
     int each = max(1, min(width, room / lives));
     __syncthreads();
