@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from llmapi.llm import LLM
-    from llmapi.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from llmapi.outputs import CompletionOutput, Logprob, Perplexity, RequestMetrics, RequestOutput, Score
     from llmapi.sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -54,12 +54,14 @@ _HOMES = {
     "Logprob": "outputs",
     "ModelNotFoundError": "errors",
     "OfflineError": "errors",
+    "Perplexity": "outputs",
     "PromptTooLongError": "errors",
     "RequestError": "errors",
     "RequestFuture": "_runtime.results",
     "RequestMetrics": "outputs",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling",
+    "Score": "outputs",
     "SourceError": "errors",
     "UnsupportedModelError": "errors",
 }
@@ -80,12 +82,14 @@ __all__ = [
     "Logprob",
     "ModelNotFoundError",
     "OfflineError",
+    "Perplexity",
     "PromptTooLongError",
     "RequestError",
     "RequestFuture",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "Score",
     "SourceError",
     "UnsupportedModelError",
 ]

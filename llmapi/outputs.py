@@ -60,6 +60,38 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How probable a model finds a given continuation.
+
+    Attributes:
+        logprob: natural logarithm of its probability: the sum of ``logprobs``.
+        is_greedy: whether greedy decoding would have produced exactly these tokens.
+        token_ids: the tokens that were scored.
+        logprobs: log probability of each, given all tokens before it.
+    """
+
+    logprob: float
+    is_greedy: bool
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """How probable a model finds a text.
+
+    Attributes:
+        perplexity: ``exp(-logprob / num_tokens)``.
+        logprob: natural logarithm of its probability.
+        num_tokens: tokens that were scored.
+    """
+
+    perplexity: float
+    logprob: float
+    num_tokens: int
+
+
 @dataclass(slots=True)
 class RequestMetrics:
     """When things happened to a request, in seconds.

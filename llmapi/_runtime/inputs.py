@@ -18,6 +18,7 @@ from llmapi.outputs import RequestMetrics
 from llmapi.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from llmapi._runtime.probe import Probe
     from llmapi._tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -100,6 +101,7 @@ class RequestMaker:
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count()
+        self._probes = itertools.count()  # of their own, so that they change no other request's seed
         if self.seed is None:
             self.seed = secrets.randbits(64)
 
@@ -147,6 +149,52 @@ class RequestMaker:
             stop_token_ids=ends,
             metrics=RequestMetrics(arrival_time=time.time()),
         )
+
+    def probing(self, ids: list[int], probe: Probe, what: str) -> Request:
+        """A request that generates nothing, but asks about its tokens.
+
+        Args:
+            ids: the tokens to run; at least one.
+            probe: what to find out.
+            what: what messages call them.
+
+        Raises:
+            RequestError: they are too many, or one is not in the vocabulary.
+        """
+        self._check_ids(f"{what} token", ids)
+        if len(ids) > self.max_seq_len:
+            raise PromptTooLongError(
+                f"{what}: {len(ids)} tokens are to be run, and max_seq_len={self.max_seq_len}: shorten it, or make the "
+                "LLM with a larger max_seq_len"
+            )
+        if len(ids) > self.capacity_tokens:
+            raise CapacityError(
+                f"{what}: {len(ids)} tokens can never fit the KV cache of {self.capacity_tokens} tokens: shorten it, "
+                "or give kv_cache_config more memory"
+            )
+        params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        arrived = RequestMetrics(arrival_time=time.time())
+        return Request(f"probe-{next(self._probes)}", None, ids, params, 0, 1, frozenset(), arrived, probe=probe)
+
+    def ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Text, where there is one, and token ids of a prompt in any of its forms.
+
+        Raises:
+            RequestError: it is empty, or has no known form.
+        """
+        return self._ids(prompt)
+
+    def check(self, ids: list[int], what: str) -> None:
+        """Refuse ids that are not in the vocabulary.
+
+        Args:
+            ids: any.
+            what: what messages call one.
+
+        Raises:
+            RequestError: one is not.
+        """
+        self._check_ids(what, ids)
 
     def _seed(self, number: int) -> int:
         return int.from_bytes(hashlib.sha256(f"{self.seed}:{number}".encode()).digest()[:8], "little")

@@ -43,7 +43,7 @@ class Job:
         listener: called on the loop's thread with the final output, and with each state before it when ``streaming``.
         streaming: whether states before the final one are wanted.
         records: one per sequence.
-        prompt_rows: prompt positions whose logits were seen so far.
+        prompt_rows: prompt positions whose rows were seen, or are not wanted, so far.
         error: why it failed.
     """
 
@@ -62,11 +62,12 @@ class Job:
     def __post_init__(self) -> None:
         for seq in self.request.sequences:
             self.records[seq] = Record(Transcript.of(self.request.params, self.tokenizer))
+        self.prompt_rows = self.request.first_wanted_row or 0
 
     @property
     def wants_prompt(self) -> bool:
-        """Whether the prompt's logits are still wanted."""
-        return self.request.params.needs_prompt_logits and self.prompt_rows < len(self.request.prompt_token_ids)
+        """Whether rows of the prompt are still wanted."""
+        return self.request.first_wanted_row is not None and self.prompt_rows < len(self.request.prompt_token_ids)
 
     def start(self) -> None:
         """Note that a step is about to run some of its tokens; only the first time counts."""

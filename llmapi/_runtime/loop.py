@@ -12,7 +12,7 @@ from collections import deque
 import torch
 
 from llmapi._runtime.batch import build_batch, wanted_positions
-from llmapi._runtime.engine import Engine
+from llmapi._runtime.engine import Engine, run_step
 from llmapi._runtime.flight import Flight
 from llmapi._runtime.job import Job
 from llmapi._runtime.logprobs import prompt_logprobs
@@ -131,12 +131,20 @@ class EngineLoop:
             self._jobs[entry.seq.request].start()
         batch = build_batch(plan, self._engine.config.block_size, self._prompt_rows_done)
         before = None if self._flight is None or self._flight.pending is None else self._flight.pending.ids
-        logits = self._engine.step(batch, before)
+        hidden, logits = run_step(self._engine, plan, batch, before)
         rows: list[SampleRow] = []
         picked: list[int] = []
+        probed: list[Job] = []
         overlaps, first = True, 0
         for entry, count in zip(plan.entries, batch.logits_rows, strict=True):
             job = self._jobs[entry.seq.request]
+            if (probe := job.request.probe) is not None:
+                if probe.hidden:
+                    self._probe(job, entry, next(hidden), probed)
+                else:
+                    self._probe(job, entry, logits[first : first + count], probed)
+                    first += count
+                continue
             if job.wants_prompt:
                 self._keep_prompt_rows(job, entry, logits[first : first + count])
             if entry.produces_logits:
@@ -146,16 +154,20 @@ class EngineLoop:
             first += count
         self.steps += 1
         if not rows:
-            return Flight(rows, None, overlaps=True)
+            return Flight(rows, None, overlaps=True, probed=probed)
         if not overlaps:
             self._land()  # what these rows are sampled by may depend on the tokens before
         wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked, device=logits.device)]
-        return Flight(rows, self._sampler.start(wanted, rows), overlaps)
+        return Flight(rows, self._sampler.start(wanted, rows), overlaps, probed)
 
     def _land(self) -> None:
         """Wait for the tokens of the step in flight, if there is one, and turn them into what happens next."""
         flight, self._flight = self._flight, None
-        if flight is None or flight.pending is None:
+        if flight is None:
+            return
+        for job in flight.probed:
+            self._end_probe(job)
+        if flight.pending is None:
             return
         for row, reserved, sampled in zip(flight.rows, flight.reserved(), flight.pending.result(), strict=True):
             owner = self._jobs.get(row.sequence.request)
@@ -198,6 +210,25 @@ class EngineLoop:
             following = [ids[p + 1] for p in told]
             job.prompt_logprobs += prompt_logprobs(logits[: len(told)], following, params.prompt_logprobs, decode)
         job.prompt_rows += count
+
+    def _probe(self, job: Job, entry: Entry, rows: torch.Tensor, probed: list[Job]) -> None:
+        """Hand rows of a given text to what was asked about it, and note whether they were the last."""
+        probe = job.request.probe
+        assert probe is not None
+        if len(rows):
+            probe.take(rows, entry.start + entry.count - len(rows))
+            job.prompt_rows += len(rows)
+        if entry.produces_logits:
+            probe.finish()
+            probed.append(job)
+
+    def _end_probe(self, job: Job) -> None:
+        [seq] = job.request.sequences
+        if not seq.finished:  # it may have been aborted while the step ran
+            assert job.request.probe is not None
+            job.request.probe.land()
+            self._end_sequence(seq, "stop")
+            self._end_job(job, None)
 
     def _commit_row(self, job: Job, seq: Sequence, sampled: Sampled, reserved: bool) -> None:
         if reserved:

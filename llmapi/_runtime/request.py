@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llmapi.outputs import FinishReason, RequestMetrics
 from llmapi.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from llmapi._runtime.probe import Probe
 
 
 class Status(enum.Enum):
@@ -91,6 +95,7 @@ class Request:
             under ``ignore_eos``).
         priority: arrival order; smaller is served first.
         sequences: grows from one to ``params.n`` when the prompt has been computed.
+        probe: what is wanted of the prompt's rows, where nothing is to be generated.
     """
 
     id: str
@@ -103,10 +108,18 @@ class Request:
     metrics: RequestMetrics
     priority: int = 0
     sequences: list[Sequence] = field(default_factory=list)
+    probe: Probe | None = None
 
     def __post_init__(self) -> None:
         if not self.sequences:
             self.sequences.append(Sequence(self, 0, list(self.prompt_token_ids), len(self.prompt_token_ids)))
+
+    @property
+    def first_wanted_row(self) -> int | None:
+        """First position of the prompt whose row is wanted for itself; None where only the last one's is."""
+        if self.probe is not None:
+            return self.probe.first
+        return 0 if self.params.needs_prompt_logits else None
 
     @property
     def finished(self) -> bool:
