@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         SourceError,
         UnsupportedModelError,
     )
+    from llmapi.guided import GuidedDecodingParams
     from llmapi.llm import LLM
     from llmapi.outputs import CompletionOutput, Logprob, Perplexity, RequestMetrics, RequestOutput, Score
     from llmapi.sampling import SamplingParams
@@ -48,6 +49,7 @@ _HOMES = {
     "ConfigError": "errors",
     "EngineClosedError": "errors",
     "GatedModelError": "errors",
+    "GuidedDecodingParams": "guided",
     "KvCacheConfig": "config",
     "LLM": "llm",
     "LLMAPIError": "errors",
@@ -77,6 +79,7 @@ __all__ = [
     "ConfigError",
     "EngineClosedError",
     "GatedModelError",
+    "GuidedDecodingParams",
     "KvCacheConfig",
     "LLMAPIError",
     "Logprob",

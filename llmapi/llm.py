@@ -137,6 +137,7 @@ class LLM:
 
     def _start_loop(self, engine: Any, seed: int | None) -> None:
         from llmapi._runtime.blocks import BlockPool
+        from llmapi._runtime.grammar import Grammars
         from llmapi._runtime.inputs import RequestMaker
         from llmapi._runtime.loop import EngineLoop
         from llmapi._runtime.scheduler import Scheduler
@@ -151,16 +152,19 @@ class LLM:
         )
         sampler = engine.sampler(prepared.tokenizer)
         self._loop = EngineLoop(engine, scheduler, sampler)
+        ends = frozenset(prepared.stop_token_ids)
+        grammars = Grammars(prepared.tokenizer, prepared.spec.vocab_size, ends)
         self._maker = RequestMaker(
             tokenizer=prepared.tokenizer,
             vocab_size=prepared.spec.vocab_size,
             max_seq_len=config.max_seq_len,
             capacity_tokens=engine.num_blocks * config.block_size,
-            end_token_ids=frozenset(prepared.stop_token_ids),
+            end_token_ids=ends,
             seed=seed,
+            grammars=grammars,
         )
         # The loop knows nothing of this object: dropping the last reference to it, or leaving Python, closes the loop.
-        self._closer = weakref.finalize(self, _close, self._loop, prepared.builder)
+        self._closer = weakref.finalize(self, _close, grammars, self._loop, prepared.builder)
 
     # ---- generating
 
@@ -506,6 +510,6 @@ class LLM:
         return gather(makers, prompts, submit, self.abort, progress=use_tqdm and len(makers) > 1)
 
 
-def _close(loop: Any, builder: Any) -> None:
-    loop.close()
-    builder.close()
+def _close(*owned: Any) -> None:
+    for one in owned:
+        one.close()

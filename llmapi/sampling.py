@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmapi.errors import ConfigError, unknown_name
+from llmapi.guided import GuidedDecodingParams
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,8 @@ class SamplingParams:
         detokenize: False leaves ``text`` empty and skips the tokenizer (stop texts then cannot be used).
         return_logits: ``"generation"`` (or True) keeps the raw logits of each output token, ``"context"`` those of
             each prompt token, ``"both"`` both.
+        guided_decoding: a grammar that the text follows: a :class:`GuidedDecodingParams`, or a dict of its arguments.
+        structured_outputs: another name of ``guided_decoding``; it becomes None.
 
     Raises:
         ConfigError: an unknown name or a value outside its range; the message gives both.
@@ -91,6 +94,8 @@ class SamplingParams:
     logits_processors: Sequence[LogitsProcessor] | None = None
     detokenize: bool = True
     return_logits: bool | ReturnLogits = False
+    guided_decoding: GuidedDecodingParams | Mapping[str, Any] | None = None
+    structured_outputs: GuidedDecodingParams | Mapping[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         valid = [f.name for f in fields(cls)]
@@ -127,6 +132,12 @@ class SamplingParams:
         self._set("logit_bias", self._bias(self.logit_bias))
         self._set("logits_processors", self._processors(self.logits_processors))
         self._set("return_logits", self._logits(self.return_logits))
+        if self.structured_outputs is not None:
+            if self.guided_decoding is not None:
+                raise ConfigError("guided_decoding and structured_outputs are two names of one thing: give one of them")
+            self._set("guided_decoding", self.structured_outputs)
+            self._set("structured_outputs", None)
+        self._set("guided_decoding", GuidedDecodingParams.of(self.guided_decoding))
         if self.stop and not self.detokenize:
             raise ConfigError("stop texts need the text: use detokenize=True, or stop_token_ids instead of stop")
 

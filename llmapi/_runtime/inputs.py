@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmapi._runtime.request import Request
 from llmapi.errors import CapacityError, ConfigError, PromptTooLongError, RequestError
+from llmapi.guided import GuidedDecodingParams
 from llmapi.outputs import RequestMetrics
 from llmapi.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from llmapi._runtime.grammar import Grammars
     from llmapi._runtime.probe import Probe
     from llmapi._tokenizer import Tokenizer
 
@@ -89,6 +91,7 @@ class RequestMaker:
         max_seq_len: tokens of prompt and output.
         capacity_tokens: tokens that the whole KV cache holds.
         end_token_ids: ids that end a sequence for this model.
+        grammars: compiles those of guided decoding.
         seed: of the LLM; requests without one draw theirs from it, in order. None draws from the system.
     """
 
@@ -98,6 +101,7 @@ class RequestMaker:
     capacity_tokens: int
     end_token_ids: frozenset[int]
     seed: int | None
+    grammars: Grammars | None = None
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count()
@@ -138,6 +142,9 @@ class RequestMaker:
                 f"{len(ids)} prompt tokens and {max_tokens} new ones can never fit the KV cache of "
                 f"{self.capacity_tokens} tokens: lower max_tokens, or give kv_cache_config more memory"
             )
+        guided = params.guided_decoding
+        assert guided is None or isinstance(guided, GuidedDecodingParams)
+        grammar = None if guided is None or self.grammars is None else self.grammars.get(guided)
         ends = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.end_token_ids)
         return Request(
             id=str(number),
@@ -148,6 +155,7 @@ class RequestMaker:
             max_tokens=max_tokens,
             stop_token_ids=ends,
             metrics=RequestMetrics(arrival_time=time.time()),
+            grammar=grammar,
         )
 
     def probing(self, ids: list[int], probe: Probe, what: str) -> Request:

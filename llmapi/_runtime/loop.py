@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from concurrent.futures import CancelledError
+from functools import partial
 
 import torch
 
@@ -41,6 +43,7 @@ class EngineLoop:
         self._sampler = sampler
         self._jobs: dict[Request, Job] = {}
         self._arriving: deque[Job] = deque()
+        self._compiled: deque[Job] = deque()  # whose grammar is ready, or known to be wrong
         self._aborting: deque[str] = deque()
         self._flight: Flight | None = None
         self._closing = False
@@ -93,7 +96,12 @@ class EngineLoop:
         while True:
             with self._wake:
                 while not (
-                    self._arriving or self._aborting or self._closing or self._flight or self._scheduler.has_work
+                    self._arriving
+                    or self._compiled
+                    or self._aborting
+                    or self._closing
+                    or self._flight
+                    or self._scheduler.has_work
                 ):
                     self._wake.wait()
                 if self._closing:
@@ -183,13 +191,36 @@ class EngineLoop:
         """Take in what arrived since the last step, and let go of what was aborted."""
         with self._wake:
             arriving, self._arriving = self._arriving, deque()
+            compiled, self._compiled = self._compiled, deque()
             aborting, self._aborting = set(self._aborting), deque()
         for job in arriving:
             self._jobs[job.request] = job
-            self._scheduler.add(job.request.sequences[0])
+            if job.request.grammar is None:
+                self._scheduler.add(job.request.sequences[0])
+            else:  # it is compiled elsewhere, and the others go on meanwhile
+                job.request.grammar.add_done_callback(partial(self._grammar_done, job))
+        for job in compiled:
+            if job.request in self._jobs:
+                self._begin_guided(job)
         if aborting:
             for job in [job for job in self._jobs.values() if job.request.id in aborting]:
                 self._end_job(job, "abort")
+
+    def _grammar_done(self, job: Job, _: object) -> None:
+        """Let a job in whose grammar is compiled; called from any thread."""
+        with self._wake:
+            self._compiled.append(job)
+            self._wake.notify()
+
+    def _begin_guided(self, job: Job) -> None:
+        request = job.request
+        assert request.grammar is not None
+        try:
+            request.sequences[0].guide = request.grammar.result().start(request.stop_token_ids)
+        except (Exception, CancelledError) as error:
+            self._fail(job, error)
+        else:
+            self._scheduler.add(request.sequences[0])
 
     def _prompt_rows_done(self, entry: Entry) -> int | None:
         job = self._jobs[entry.seq.request]
@@ -254,6 +285,7 @@ class EngineLoop:
         sibling = Sequence(seq.request, index, list(seq.token_ids), seq.num_prompt)
         seq.request.sequences.append(sibling)
         job.records[sibling] = job.records[seq].fork()
+        sibling.guide = None if seq.guide is None else seq.guide.fork()
         return sibling
 
     def _advance(self, job: Job, seq: Sequence, sampled: Sampled, index: int) -> None:
@@ -265,13 +297,19 @@ class EngineLoop:
             record.logits.append(sampled.logits)
         enough = seq.num_output >= request.params.min_tokens
         if token in request.stop_token_ids and enough:
+            if seq.guide is not None:
+                seq.guide.check()
             explicit = token in (request.params.stop_token_ids or ())
             record.transcript.end_with(token)
             self._end_sequence(seq, "stop", token if explicit else None)
             return
         stop = record.transcript.append(token)
+        if seq.guide is not None:
+            seq.guide.accept(token)
         if stop is not None:
             self._end_sequence(seq, "stop", stop)
+        elif seq.guide is not None and seq.guide.complete:
+            self._end_sequence(seq, "stop", record.transcript.finish())
         elif seq.num_output >= request.max_tokens:
             stop = record.transcript.finish()
             self._end_sequence(seq, "length" if stop is None else "stop", stop)

@@ -14,6 +14,10 @@ from llmapi.outputs import FinishReason, RequestMetrics
 from llmapi.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from llmapi._runtime.grammar import Grammar
+    from llmapi._runtime.guide import Guide
     from llmapi._runtime.probe import Probe
 
 
@@ -45,6 +49,7 @@ class Sequence:
         block_hashes: hash of each full, computed block so far (prefix reuse).
         arrival: when the scheduler first saw it, as a running number; a fork has that of its parent.
         preemptions: how often it lost its blocks and was recomputed.
+        guide: where it stands in its request's grammar, if there is one.
     """
 
     request: Request
@@ -60,6 +65,7 @@ class Sequence:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    guide: Guide | None = None
 
     @property
     def output_ids(self) -> list[int]:
@@ -95,6 +101,7 @@ class Request:
             under ``ignore_eos``).
         priority: arrival order; smaller is served first.
         sequences: grows from one to ``params.n`` when the prompt has been computed.
+        grammar: what the text follows, once it is compiled.
         probe: what is wanted of the prompt's rows, where nothing is to be generated.
     """
 
@@ -108,6 +115,7 @@ class Request:
     metrics: RequestMetrics
     priority: int = 0
     sequences: list[Sequence] = field(default_factory=list)
+    grammar: Future[Grammar] | None = None
     probe: Probe | None = None
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 The order of operations, for each row by its own request:
 
 1. raw logits: ``logprobs`` and ``return_logits`` are of these, the model's own distribution
-2. ``logits_processors``, in the order given
+2. ``logits_processors``, in the order given; then ids that ``guided_decoding`` does not allow become -inf
 3. ``min_tokens``: ids that end a sequence become -inf until there are enough
 4. ``logit_bias``
 5. ``bad_words``: the id that would complete one becomes -inf
@@ -243,6 +243,6 @@ def _no_choice(raw: Tensor, edited: Tensor, sequence: Sequence) -> RequestError:
             f"{where}: logits_processors left {bad} of {edited.numel()} logits NaN. Return numbers or -inf"
         )
     return RequestError(
-        f"{where}: no token is left of {edited.numel()}: logits_processors, min_tokens, logit_bias and bad_words "
-        "exclude all of them. Loosen one"
+        f"{where}: no token is left of {edited.numel()}: logits_processors, guided_decoding, min_tokens, logit_bias "
+        "and bad_words exclude all of them. Loosen one"
     )

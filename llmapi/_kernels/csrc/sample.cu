@@ -60,7 +60,7 @@ struct alignas(16) Row {
   int edits, bans, edits_end;  // in the list of edits: [edits, bans) are added, [bans, edits_end) become -inf
   int logprobs;                // how many of the best are wanted; -1: no log probabilities
   int penalized;               // whether counts shape the logits
-  int unused[2];
+  const uint32_t* mask;            // a bit for each token that is allowed; null: all are
 };
 static_assert(sizeof(Row) == 112, "layout");
 
@@ -908,6 +908,7 @@ DEVICE void edit(const Row& row, const scalar_t* raw, int vocab, const Edit* edi
     count &= 0x7fffffff;
     return count ? __fsub_rn(x, __fadd_rn(__fmul_rn(row.frequency, (float)count), row.presence)) : x;
   };
+  const uint32_t* mask = row.mask;
   bool lists = row.edits < row.edits_end;
   View<scalar_t> view(raw, vocab);
   bool penalties = row.penalized && !lists;
@@ -917,7 +918,7 @@ DEVICE void edit(const Row& row, const scalar_t* raw, int vocab, const Edit* edi
     const int* counts = row.counts;
     view.each_vector(-INFINITY_F, [&](const uint4& raw, int id) {
       if (id >= vocab) return;
-      uint32_t any = 0;
+      uint32_t any = 0, allowed = mask ? mask[id >> 5] >> (id & 31) : 0xffffffffu;  // a vector lies in one word
       if (penalties) {
 #pragma unroll
         for (int e = 0; e < WIDTH; e += 4) {
@@ -927,16 +928,21 @@ DEVICE void edit(const Row& row, const scalar_t* raw, int vocab, const Edit* edi
       }
 #pragma unroll
       for (int e = 0; e < WIDTH; e += 4)
-        *reinterpret_cast<float4*>(edited + id + e) =
-            make_float4(element<scalar_t>(raw, e), element<scalar_t>(raw, e + 1), element<scalar_t>(raw, e + 2),
-                        element<scalar_t>(raw, e + 3));
+        *reinterpret_cast<float4*>(edited + id + e) = make_float4(
+            allowed >> e & 1 ? element<scalar_t>(raw, e) : -INFINITY_F,
+            allowed >> (e + 1) & 1 ? element<scalar_t>(raw, e + 1) : -INFINITY_F,
+            allowed >> (e + 2) & 1 ? element<scalar_t>(raw, e + 2) : -INFINITY_F,
+            allowed >> (e + 3) & 1 ? element<scalar_t>(raw, e + 3) : -INFINITY_F);
       if (any) {
 #pragma unroll 1
         for (int e = 0; e < WIDTH; e++) edited[id + e] = penalize(edited[id + e], id + e);
       }
     });
   } else {
-    view.each_one([&](float x, int id) { row.edited[id] = penalties ? penalize(x, id) : x; });
+    view.each_one([&](float x, int id) {
+      if (mask && !(mask[id >> 5] >> (id & 31) & 1)) x = -INFINITY_F;
+      row.edited[id] = penalties ? penalize(x, id) : x;
+    });
   }
   team_sync();
   if (!lists) return;
