@@ -47,6 +47,11 @@ def clusters(gpu: EmulatedGpu) -> None:
     sample_tests.test_logprobs(gpu, 4200, torch.float32, 20, cases.SEED)  # type: ignore[arg-type]
 
 
+def masks(gpu: EmulatedGpu) -> None:
+    sample_tests.test_masks(gpu, 1000, 30, torch.float32, cases.SEED)  # type: ignore[arg-type]
+    sample_tests.test_masks(gpu, 1003, 30, torch.float32, cases.SEED)  # type: ignore[arg-type]
+
+
 CHECKS: dict[str, Check] = {
     **{name: operator(name) for name in ("rms_norm", "add_rms_norm", "add_layer_norm", "gated_activation")},
     **{name: operator(name) for name in ("rotary_cos_sin", "rotary_kv_write")},
@@ -64,6 +69,7 @@ CHECKS: dict[str, Check] = {
     "ties": lambda gpu: sample_tests.test_ties(gpu, 8, torch.float32, cases.SEED),  # type: ignore[arg-type]
     "logprobs": lambda gpu: sample_tests.test_logprobs(gpu, 5003, torch.float32, 6, cases.SEED),  # type: ignore[arg-type]
     "clusters": clusters,
+    "masks": masks,
 }
 
 MUTANTS: list[tuple[str, str, str, str]] = [
@@ -137,6 +143,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("sample.cu", "rank += peer(s.ahead, r)", "rank += s.ahead", "clusters"),
     ("sample.cu", "ptx::barrier_cluster();", "__syncthreads();", "clusters"),
     ("sample.cu", "from += n;", "", "clusters"),
+    ("sample.cu", "mask[id >> 5] >> (id & 31) : 0", "mask[id >> 5] >> (id & 15) : 0", "masks"),
+    ("sample.cu", "allowed >> (e + 3) & 1", "allowed >> (e + 2) & 1", "masks"),
+    ("sample.cu", "!(mask[id >> 5] >> (id & 31) & 1)", "!(mask[id >> 5] >> (id & 31))", "masks"),
 ]  # fmt: skip
 
 
