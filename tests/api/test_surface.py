@@ -183,7 +183,7 @@ LAYERS = (
     {"_runtime"},
     {"llm"},
     {"_cli"},
-    {"cli"},
+    {"cli", "lm_eval_model"},
     {"__main__"},
 )
 """What may import what: a module imports its own layer and lower ones, never a higher one.
