@@ -34,10 +34,11 @@ class CompletionOutput:
     """One generated sequence of a request.
 
     Attributes:
-        index: position among the request's ``n`` sequences.
+        index: position among the request's ``n`` sequences; with ``best_of``, by falling ``cumulative_logprob``.
         text: generated text, empty when the request has ``detokenize=False``.
         token_ids: generated ids, the stop token included where one ended the sequence.
-        cumulative_logprob: sum of the log probabilities of ``token_ids``; None unless ``logprobs`` was asked for.
+        cumulative_logprob: sum of the log probabilities of ``token_ids``; None unless ``logprobs`` or ``best_of`` was
+            asked for.
         logprobs: one dict per generated token, from token id to :class:`Logprob`.
         finish_reason: ``"stop"`` (end of sequence, stop token or stop string), ``"length"`` (``max_tokens`` or
             ``max_seq_len``), ``"abort"``, ``"error"``, or None while the sequence is still growing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,7 +101,9 @@ class Job:
             record = self.records[seq]
             logprobs = list(record.logprobs) if params.logprobs is not None else None
             ids = seq.output_ids
-            total = None if logprobs is None else sum(e[t].logprob for e, t in zip(logprobs, ids, strict=True))
+            total = None
+            if params.kept_logprobs is not None:
+                total = sum(e[t].logprob for e, t in zip(record.logprobs, ids, strict=True))
             logits = None
             if params.returns_generation_logits and record.logits:
                 logits = torch.stack(record.logits)
@@ -116,6 +119,8 @@ class Job:
                     logits=logits,
                 )
             )
+        if params.num_drawn > params.n:
+            outputs = _best(outputs, params.n)
         done = self.prompt_rows >= len(request.prompt_token_ids)
         return RequestOutput(
             request_id=request.id,
@@ -129,3 +134,9 @@ class Job:
             metrics=metrics,
             error=self.error,
         )
+
+
+def _best(outputs: list[CompletionOutput], count: int) -> list[CompletionOutput]:
+    """The most probable of these, best first, numbered by rank; of equals those drawn first."""
+    ranked = sorted(outputs, key=lambda o: -(o.cumulative_logprob or 0.0))[:count]
+    return [dataclasses.replace(output, index=rank) for rank, output in enumerate(ranked)]

@@ -344,6 +344,6 @@ class EngineLoop:
 
 
 def _draws(seq: Sequence) -> int:
-    """Tokens to draw from a sequence's logits: ``n`` when its request is about to fork, else 1."""
+    """Tokens to draw from a sequence's logits: ``n`` or ``best_of`` when its request is about to fork, else 1."""
     request = seq.request
-    return request.params.n if len(request.sequences) == 1 and seq.num_output == 0 else 1
+    return request.params.num_drawn if len(request.sequences) == 1 and seq.num_output == 0 else 1

@@ -100,7 +100,7 @@ class Request:
         stop_token_ids: every id that ends a sequence (generation config, tokenizer and params; empty of end tokens
             under ``ignore_eos``).
         priority: arrival order; smaller is served first.
-        sequences: grows from one to ``params.n`` when the prompt has been computed.
+        sequences: grows from one to ``params.num_drawn`` when the prompt has been computed.
         grammar: what the text follows, once it is compiled.
         probe: what is wanted of the prompt's rows, where nothing is to be generated.
     """

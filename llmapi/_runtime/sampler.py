@@ -192,8 +192,8 @@ class Sampler:
             if params.returns_generation_logits:
                 with torch.inference_mode(False):  # a tensor that the user may change
                     results[i].logits = logits[i].to("cpu", torch.float32, copy=True)
-            if params.logprobs is not None:
-                asking.setdefault((params.logprobs, params.detokenize), []).append(i)
+            if params.kept_logprobs is not None:
+                asking.setdefault((params.kept_logprobs, params.detokenize), []).append(i)
         for (k, texts), members in asking.items():
             decode = self._tokenizer.token_text if self._tokenizer is not None and texts else None
             found = token_logprobs(_take(logits, members), [results[i].token_ids for i in members], k, decode)

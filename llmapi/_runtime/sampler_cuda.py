@@ -261,7 +261,7 @@ class CudaSampler(Sampler):
         row["least"] = -int(-p.min_p * 2**44 // 1)
         row["repetition"], row["presence"] = p.repetition_penalty, p.presence_penalty
         row["frequency"], row["penalized"] = p.frequency_penalty, penalized
-        row["logprobs"] = -1 if p.logprobs is None else p.logprobs
+        row["logprobs"] = -1 if p.kept_logprobs is None else p.kept_logprobs
         if not served:
             row["logprobs"] = -1
         bias = np.zeros(0 if plan.bias is None else len(plan.bias[0]), dtype=EDIT)
@@ -320,7 +320,7 @@ class PendingTokens:
                 out.append(Sampled([], error=self._error(row.sequence, int(self._positions[i]), reasons[i])))
             else:
                 found = Sampled([ids[i]])
-                if row.sequence.request.params.logprobs is not None:
+                if row.sequence.request.params.kept_logprobs is not None:
                     found.logprobs = [self._logprobs(row.sequence.request.params, ids[i], values[i], tokens[i])]
                 out.append(found)
         return out
