@@ -13,6 +13,7 @@ import pytest
 
 from llmapi import LLM, ConfigError, GuidedDecodingParams, RequestError, SamplingParams
 from llmapi._runtime import grammar as grammar_module
+from tests.api.test_smollm2 import gguf_file
 from tests.api.truth import Truth, idle, prompts_of, until
 
 llguidance = pytest.importorskip("llguidance", reason="the extra [guided] is not installed")
@@ -348,3 +349,29 @@ def test_without_what_it_needs(checkpoint: Path, cache: Path, llm: LLM, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(RequestError, match=r"needs the package llguidance, which is missing: pip install"):
         llm.generate("hello", guided(regex="missing"))
+
+
+def test_smollm2_gives_sensible_json(tmp_path: Path) -> None:
+    """A real model, with its vocabulary of 49,152 tokens: JSON that fits, and says what is asked."""
+    schema = {
+        "type": "object",
+        "properties": {"country": {"type": "string", "maxLength": 20}, "capital": {"type": "string", "maxLength": 20}},
+        "required": ["country", "capital"],
+        "additionalProperties": False,
+    }
+    capitals = {"France": "Paris", "Italy": "Rome", "Germany": "Berlin", "Spain": "Madrid"}
+    examples = [{"country": "Japan", "capital": "Tokyo"}, {"country": "Egypt", "capital": "Cairo"}]
+    before = "\n".join(["Countries as JSON:", *map(json.dumps, examples)])
+    prompts = [f"{before}\n{country}:\n" for country in capitals]
+    free = SamplingParams(temperature=0, max_tokens=20)
+    with LLM(gguf_file(), cache_dir=tmp_path, kv_cache_config={"max_tokens": 2048}, max_seq_len=512) as llm:
+        kinds: dict[str, Any] = {"json": schema, "whitespace_pattern": " ?"}
+        params = [guided(60, temperature=0, **kinds)] * 4 + [guided(60, seed=1, n=8, temperature=2.0, **kinds), free]
+        *outputs, wild, beside = llm.generate([*prompts, prompts[0], "Once upon a time"], params)
+        alone = llm.generate("Once upon a time", free)
+    assert {a["country"]: a["capital"] for a in (json.loads(o.text) for o in outputs)} == capitals
+    for one in wild.outputs:  # so hot that anything comes, and it fits
+        if one.finish_reason == "stop":
+            jsonschema.validate(json.loads(one.text), schema)
+    assert sum(one.finish_reason == "stop" for one in wild.outputs) >= 4
+    assert beside.text == alone.text
