@@ -134,7 +134,14 @@ class Grammars:
 
                 assert self._tokenizer is not None
                 text = _rust_text(self._tokenizer)
-                self._tokens = LLTokenizer(text, n_vocab=self._vocab, eos_token=sorted(self._ends))
+                try:
+                    self._tokens = LLTokenizer(text, n_vocab=self._vocab, eos_token=sorted(self._ends))
+                except ValueError as error:
+                    raise RequestError(
+                        f"guided_decoding: the tokenizer of {self._tokenizer.name}, of {self._tokenizer.vocab_size} "
+                        f"tokens, cannot be used with this model of {self._vocab} logits ({error}): name the model's "
+                        "own with tokenizer=..."
+                    ) from error
             return self._tokens
 
 

@@ -16,6 +16,7 @@ from tokenizers import decoders, models, normalizers, trainers
 from llmapi._runtime.grammar import Grammars
 from llmapi._runtime.guide import Guide, fill, words
 from llmapi._tokenizer import Tokenizer
+from llmapi.errors import RequestError
 from llmapi.guided import GuidedDecodingParams
 from tests.tiny import VOCAB, tiny_tokenizer
 
@@ -144,3 +145,11 @@ def test_end_tokens_of_a_request(grammars: Grammars, tokenizer: Tokenizer) -> No
     assert allowed([grammar.start(frozenset([last]))])[0] == plain - {eos} | {last}
     started = grammars.get(GuidedDecodingParams(regex="11")).result(30).start(frozenset([eos, last]))
     assert not {eos, last} & allowed([started])[0]
+
+
+def test_a_tokenizer_that_is_not_the_models(tokenizer: Tokenizer) -> None:
+    wrong = Grammars(tokenizer, 100, frozenset([1]))
+    with pytest.raises(RequestError, match=r"of \d+ tokens, cannot be used with this model of 100 logits"):
+        wrong.get(GuidedDecodingParams(regex="a")).result(30)
+    with pytest.raises(RequestError, match="names none: add eos_token_id"):
+        Grammars(tokenizer, WIDTH, frozenset()).get(GuidedDecodingParams(regex="a"))
