@@ -60,7 +60,7 @@ SAMPLING = (
     Option("prompt_logprobs", "likewise for the prompt, in --json", _WHOLE),
     Option("best_of", "sample N sequences and give the n most probable ones", _WHOLE),
     Option(
-        "guided_decoding", "what the text must look like: arguments of GuidedDecodingParams, {\"regex\": \"[0-9]+\"} say",
+        "guided_decoding", "what the text must be: arguments of GuidedDecodingParams, {\"regex\": \"[0-9]+\"} say",
         {"type": values.arguments, "metavar": "JSON"},
     ),
     Option("detokenize", "make text of the output (yes); without it only --json shows the ids", _SWITCH),
