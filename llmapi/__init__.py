@@ -31,8 +31,9 @@ if TYPE_CHECKING:
         SourceError,
         UnsupportedModelError,
     )
+    from llmapi.guided import GuidedDecodingParams
     from llmapi.llm import LLM
-    from llmapi.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from llmapi.outputs import CompletionOutput, Logprob, Perplexity, RequestMetrics, RequestOutput, Score
     from llmapi.sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -48,18 +49,21 @@ _HOMES = {
     "ConfigError": "errors",
     "EngineClosedError": "errors",
     "GatedModelError": "errors",
+    "GuidedDecodingParams": "guided",
     "KvCacheConfig": "config",
     "LLM": "llm",
     "LLMAPIError": "errors",
     "Logprob": "outputs",
     "ModelNotFoundError": "errors",
     "OfflineError": "errors",
+    "Perplexity": "outputs",
     "PromptTooLongError": "errors",
     "RequestError": "errors",
     "RequestFuture": "_runtime.results",
     "RequestMetrics": "outputs",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling",
+    "Score": "outputs",
     "SourceError": "errors",
     "UnsupportedModelError": "errors",
 }
@@ -75,17 +79,20 @@ __all__ = [
     "ConfigError",
     "EngineClosedError",
     "GatedModelError",
+    "GuidedDecodingParams",
     "KvCacheConfig",
     "LLMAPIError",
     "Logprob",
     "ModelNotFoundError",
     "OfflineError",
+    "Perplexity",
     "PromptTooLongError",
     "RequestError",
     "RequestFuture",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "Score",
     "SourceError",
     "UnsupportedModelError",
 ]

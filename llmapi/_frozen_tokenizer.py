@@ -48,6 +48,11 @@ class FrozenTokenizer:
         self.vocab_size: int = facts["vocab_size"]
         self.special_ids: frozenset[int] = frozenset(facts["special_ids"])
 
+    @property
+    def rust(self) -> Any:
+        """The ``tokenizers.Tokenizer`` that does the work."""
+        return self._rust
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Text to ids."""
         [encoding] = self._rust.encode_batch([text], add_special_tokens=add_special_tokens)

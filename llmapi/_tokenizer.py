@@ -81,6 +81,13 @@ class Tokenizer:
                     self._backend = self._load()
         return self._backend
 
+    @property
+    def rust(self) -> Any:
+        """The ``tokenizers.Tokenizer`` that does the work; None where Python does it."""
+        if self._frozen is not None:
+            return self._frozen.rust
+        return getattr(self.backend, "backend_tokenizer", None)
+
     def freeze(self, folder: Path) -> bool:
         """Write down what :class:`FrozenTokenizer` needs; whether that is possible.
 

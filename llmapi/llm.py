@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, overload
 
 from llmapi.config import EngineOptions, KvCacheConfig
 from llmapi.errors import ConfigError, LLMAPIError, RequestError, unknown_name
-from llmapi.outputs import RequestOutput
+from llmapi.outputs import Perplexity, RequestOutput, Score
 from llmapi.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    import torch
+
     from llmapi._build.report import BuildReport
     from llmapi._runtime.inputs import Prompt
     from llmapi._runtime.request import Request
@@ -135,6 +137,7 @@ class LLM:
 
     def _start_loop(self, engine: Any, seed: int | None) -> None:
         from llmapi._runtime.blocks import BlockPool
+        from llmapi._runtime.grammar import Grammars
         from llmapi._runtime.inputs import RequestMaker
         from llmapi._runtime.loop import EngineLoop
         from llmapi._runtime.scheduler import Scheduler
@@ -149,16 +152,19 @@ class LLM:
         )
         sampler = engine.sampler(prepared.tokenizer)
         self._loop = EngineLoop(engine, scheduler, sampler)
+        ends = frozenset(prepared.stop_token_ids)
+        grammars = Grammars(prepared.tokenizer, prepared.spec.vocab_size, ends)
         self._maker = RequestMaker(
             tokenizer=prepared.tokenizer,
             vocab_size=prepared.spec.vocab_size,
             max_seq_len=config.max_seq_len,
             capacity_tokens=engine.num_blocks * config.block_size,
-            end_token_ids=frozenset(prepared.stop_token_ids),
+            end_token_ids=ends,
             seed=seed,
+            grammars=grammars,
         )
         # The loop knows nothing of this object: dropping the last reference to it, or leaving Python, closes the loop.
-        self._closer = weakref.finalize(self, _close, self._loop, prepared.builder)
+        self._closer = weakref.finalize(self, _close, grammars, self._loop, prepared.builder)
 
     # ---- generating
 
@@ -321,6 +327,111 @@ class LLM:
         for one in ids:
             self._loop.abort(one)
 
+    # ---- asking about given texts
+
+    def score(
+        self, prompts: Any, continuations: Any, *, truncate: bool = False, use_tqdm: bool = True
+    ) -> Score | list[Score]:
+        """Log probabilities of given continuations, and whether greedy decoding would have produced them.
+
+        Only the rows that predict a continuation are projected to the vocabulary, and only their results leave the
+        device. A text pair is encoded as one text and divided where the encoded prompt ends; spaces at the prompt's end
+        count as the continuation's. An empty text prompt stands for the beginning-of-sequence token (the
+        end-of-sequence token where there is none).
+
+        Args:
+            prompts: one prompt or a list, in the forms of :meth:`generate`.
+            continuations: a text or token ids, or a list of them: one for each prompt, several for one prompt, or one
+                for all prompts.
+            truncate: drop the oldest tokens of a prompt that is too long, instead of refusing it. ``max_seq_len`` and
+                one token fit.
+            use_tqdm: draw a progress bar when there are several.
+
+        Returns:
+            a :class:`Score`, or a list of them where either argument is a list.
+
+        Raises:
+            RequestError: a pair cannot be scored; none is, then.
+
+        Example:
+            >>> [yes, no] = llm.score("Is the sky blue? Answer:", [" yes", " no"])  # doctest: +SKIP
+        """
+        from llmapi._runtime.scoring import Scorer
+
+        return Scorer(self._maker).score(prompts, continuations, truncate, self._probe, use_tqdm)
+
+    def perplexity(
+        self, texts: Any, *, max_length: int | None = None, stride: int | None = None, use_tqdm: bool = True
+    ) -> Perplexity | list[Perplexity]:
+        """Perplexity of texts of any length, each token of a text scored once.
+
+        The first token is predicted from the beginning-of-sequence token (the end-of-sequence token where there is
+        none). Texts are encoded without special tokens.
+
+        Args:
+            texts: one text (or token ids) or a list.
+            max_length: tokens that the model sees at once; None is ``max_seq_len``.
+            stride: tokens that each window after the first one scores, after as many tokens of context as fit. None is
+                ``max_length``: windows do not overlap (but the last one, which is filled up with context), as in
+                lm-evaluation-harness. Smaller ones are slower and give lower perplexities.
+            use_tqdm: draw a progress bar.
+
+        Returns:
+            a :class:`Perplexity`, or a list of them.
+
+        Raises:
+            RequestError: a text cannot be scored.
+        """
+        from llmapi._runtime.scoring import Scorer
+
+        return Scorer(self._maker).perplexity(texts, max_length, stride, self._probe, use_tqdm)
+
+    def embed(
+        self, texts: Any, pooling: str = "last", *, normalize: bool = True, use_tqdm: bool = True
+    ) -> torch.Tensor:
+        """Embeddings of texts: final hidden states, after the last norm, pooled.
+
+        Args:
+            texts: one prompt or a list, in the forms of :meth:`generate`.
+            pooling: ``"last"`` token, ``"mean"`` of all tokens, or ``"cls"``, the first token.
+            normalize: divide each by its Euclidean length.
+            use_tqdm: draw a progress bar when there are several.
+
+        Returns:
+            ``[hidden_size]`` float32 on the CPU, or ``[len(texts), hidden_size]`` for a list.
+
+        Raises:
+            RequestError: a text cannot be served.
+        """
+        from llmapi._runtime.embedding import embed
+
+        return embed(self._maker, texts, pooling, normalize, self._probe, use_tqdm)
+
+    def encode(self, texts: Any, *, use_tqdm: bool = True) -> torch.Tensor | list[torch.Tensor]:
+        """Final hidden states of every token, after the last norm.
+
+        Args:
+            texts: one prompt or a list, in the forms of :meth:`generate`.
+            use_tqdm: draw a progress bar when there are several.
+
+        Returns:
+            ``[tokens, hidden_size]`` float32 on the CPU, or a list of them.
+
+        Raises:
+            RequestError: a text cannot be served.
+        """
+        from llmapi._runtime.embedding import encode
+
+        return encode(self._maker, texts, self._probe, use_tqdm)
+
+    def _probe(self, requests: list[Request], use_tqdm: bool) -> None:
+        """Run requests that have probes; raise what the first that failed failed of."""
+        if requests:
+            makers = [lambda request=request: request for request in requests]
+            for output in self._run(makers, requests, use_tqdm):  # type: ignore[arg-type]
+                if output.error is not None:
+                    raise output.error
+
     # ---- the rest
 
     @property
@@ -399,6 +510,6 @@ class LLM:
         return gather(makers, prompts, submit, self.abort, progress=use_tqdm and len(makers) > 1)
 
 
-def _close(loop: Any, builder: Any) -> None:
-    loop.close()
-    builder.close()
+def _close(*owned: Any) -> None:
+    for one in owned:
+        one.close()

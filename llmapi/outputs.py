@@ -34,10 +34,11 @@ class CompletionOutput:
     """One generated sequence of a request.
 
     Attributes:
-        index: position among the request's ``n`` sequences.
+        index: position among the request's ``n`` sequences; with ``best_of``, by falling ``cumulative_logprob``.
         text: generated text, empty when the request has ``detokenize=False``.
         token_ids: generated ids, the stop token included where one ended the sequence.
-        cumulative_logprob: sum of the log probabilities of ``token_ids``; None unless ``logprobs`` was asked for.
+        cumulative_logprob: sum of the log probabilities of ``token_ids``; None unless ``logprobs`` or ``best_of`` was
+            asked for.
         logprobs: one dict per generated token, from token id to :class:`Logprob`.
         finish_reason: ``"stop"`` (end of sequence, stop token or stop string), ``"length"`` (``max_tokens`` or
             ``max_seq_len``), ``"abort"``, ``"error"``, or None while the sequence is still growing.
@@ -58,6 +59,38 @@ class CompletionOutput:
     def finished(self) -> bool:
         """Whether this sequence has ended."""
         return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How probable a model finds a given continuation.
+
+    Attributes:
+        logprob: natural logarithm of its probability: the sum of ``logprobs``.
+        is_greedy: whether greedy decoding would have produced exactly these tokens.
+        token_ids: the tokens that were scored.
+        logprobs: log probability of each, given all tokens before it.
+    """
+
+    logprob: float
+    is_greedy: bool
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """How probable a model finds a text.
+
+    Attributes:
+        perplexity: ``exp(-logprob / num_tokens)``.
+        logprob: natural logarithm of its probability.
+        num_tokens: tokens that were scored.
+    """
+
+    perplexity: float
+    logprob: float
+    num_tokens: int
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmapi.errors import ConfigError, unknown_name
+from llmapi.guided import GuidedDecodingParams
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,10 @@ class SamplingParams:
         detokenize: False leaves ``text`` empty and skips the tokenizer (stop texts then cannot be used).
         return_logits: ``"generation"`` (or True) keeps the raw logits of each output token, ``"context"`` those of
             each prompt token, ``"both"`` both.
+        guided_decoding: a grammar that the text follows: a :class:`GuidedDecodingParams`, or a dict of its arguments.
+        best_of: sample this many sequences from the prompt and return the ``n`` of them with the largest cumulative log
+            probability, best first. From ``n`` to 1024; None is ``n``, in the order in which they were drawn.
+        structured_outputs: another name of ``guided_decoding``; it becomes None.
 
     Raises:
         ConfigError: an unknown name or a value outside its range; the message gives both.
@@ -91,6 +96,9 @@ class SamplingParams:
     logits_processors: Sequence[LogitsProcessor] | None = None
     detokenize: bool = True
     return_logits: bool | ReturnLogits = False
+    guided_decoding: GuidedDecodingParams | Mapping[str, Any] | None = None
+    structured_outputs: GuidedDecodingParams | Mapping[str, Any] | None = None
+    best_of: int | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         valid = [f.name for f in fields(cls)]
@@ -121,12 +129,23 @@ class SamplingParams:
             raise ConfigError(
                 f"n={self.n} with temperature=0 would give {self.n} equal sequences: set temperature above 0, or n=1"
             )
+        self._whole("best_of", self.n, _MAX_N, optional=True)
+        if self.best_of is not None and self.best_of > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"best_of={self.best_of} with temperature=0 would compare equal sequences: set temperature above 0"
+            )
         self._set("stop", self._strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
         self._set("bad_words", self._strings("bad_words", self.bad_words))
         self._set("stop_token_ids", self._ids("stop_token_ids", self.stop_token_ids))
         self._set("logit_bias", self._bias(self.logit_bias))
         self._set("logits_processors", self._processors(self.logits_processors))
         self._set("return_logits", self._logits(self.return_logits))
+        if self.structured_outputs is not None:
+            if self.guided_decoding is not None:
+                raise ConfigError("guided_decoding and structured_outputs are two names of one thing: give one of them")
+            self._set("guided_decoding", self.structured_outputs)
+            self._set("structured_outputs", None)
+        self._set("guided_decoding", GuidedDecodingParams.of(self.guided_decoding))
         if self.stop and not self.detokenize:
             raise ConfigError("stop texts need the text: use detokenize=True, or stop_token_ids instead of stop")
 
@@ -134,6 +153,16 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most probable token is taken at each step (``temperature == 0``)."""
         return self.temperature == 0.0
+
+    @property
+    def num_drawn(self) -> int:
+        """Sequences that are sampled from the prompt."""
+        return self.best_of or self.n
+
+    @property
+    def kept_logprobs(self) -> int | None:
+        """``logprobs``, or 0 where ``best_of`` needs those of the tokens that were chosen."""
+        return 0 if self.logprobs is None and self.num_drawn > self.n else self.logprobs
 
     @property
     def returns_context_logits(self) -> bool:

@@ -21,6 +21,7 @@ DEFAULTS = {
     "bad_words": (), "logit_bias": {}, "ignore_eos": False, "include_stop_str_in_output": False,
     "skip_special_tokens": True, "spaces_between_special_tokens": True, "min_tokens": 0, "max_tokens": 256,
     "logprobs": None, "prompt_logprobs": None, "logits_processors": (), "detokenize": True, "return_logits": False,
+    "guided_decoding": None, "structured_outputs": None, "best_of": None,
 }  # fmt: skip
 
 

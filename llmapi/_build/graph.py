@@ -114,6 +114,23 @@ class Graph:
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(f"the stored graph cannot be read ({error}): remove the entry and build again") from error
 
+    def projection(self) -> tuple[int, Ref]:
+        """Index of the node that projects hidden states to the vocabulary, and what goes into it.
+
+        Raises:
+            CacheError: the graph does not end in a linear layer and operations on its result alone.
+        """
+        index = {node.name: i for i, node in enumerate(self.nodes)}
+        at = self.output
+        while at.name in index:
+            node = self.nodes[index[at.name]]
+            if not node.args or not isinstance(node.args[0], Ref):
+                break
+            if node.op == "aten.linear.default":
+                return index[at.name], node.args[0]
+            at = node.args[0]
+        raise CacheError("the stored graph has no projection to the vocabulary: remove the entry and build again")
+
     def ops(self) -> list[str]:
         """Names of the operators that occur, sorted."""
         return sorted({node.op for node in self.nodes})

@@ -58,9 +58,14 @@ SAMPLING = (
     ),
     Option("logprobs", "log probabilities of N tokens at each position, in --json", _WHOLE),
     Option("prompt_logprobs", "likewise for the prompt, in --json", _WHOLE),
+    Option("best_of", "sample N sequences and give the n most probable ones", _WHOLE),
+    Option(
+        "guided_decoding", "what the text must be: arguments of GuidedDecodingParams, {\"regex\": \"[0-9]+\"} say",
+        {"type": values.arguments, "metavar": "JSON"},
+    ),
     Option("detokenize", "make text of the output (yes); without it only --json shows the ids", _SWITCH),
 )  # fmt: skip
-"""The fields of SamplingParams that can be typed: all but ``logits_processors`` and ``return_logits``."""
+"""The fields of SamplingParams that can be typed: all but functions, tensors and other names of the same."""
 
 ENGINE = (
     Option("revision", "branch, tag or commit on the hub", {"metavar": "REV"}),

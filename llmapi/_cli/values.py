@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import ArgumentTypeError
+from typing import Any
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -49,6 +51,21 @@ def wholes(text: str) -> list[int]:
     [1, 4, 16]
     """
     return [whole(part.strip()) for part in text.split(",")]
+
+
+def arguments(text: str) -> dict[str, Any]:
+    """Arguments, as a JSON object.
+
+    >>> arguments('{"regex": "[0-9]+"}')
+    {'regex': '[0-9]+'}
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ArgumentTypeError(f"{text!r} is no JSON object: give arguments in braces")
+    return found
 
 
 def biases(text: str) -> dict[int, float]:

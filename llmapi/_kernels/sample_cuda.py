@@ -31,7 +31,7 @@ ROW = np.dtype(
         ("edits_end", "<i4"),
         ("logprobs", "<i4"),
         ("penalized", "<i4"),
-        ("unused", "<i4", (2,)),
+        ("mask", "<u8"),
     ]
 )
 """One row's settings, as ``struct Row`` of ``csrc/sample.cu``; :func:`settings` fills one.
@@ -49,6 +49,8 @@ top_k                 0 is off
 used                  0: the row is skipped and nothing of it is read or written
 repetition, presence, penalties by ``counts``, in effect where ``penalized`` is not 0
 frequency
+mask                  address of uint32 words, a bit for each token, or 0: where a bit is 0 the logit becomes -inf,
+                      before all other edits; needs ``edited``
 edits, bans,          bounds in the list of edits: values at [edits, bans) are added to their ids' logits, then ids at
 edits_end             [bans, edits_end) become -inf
 logprobs              how many of the best tokens are wanted with log probabilities; -1: none, nor the chosen one's

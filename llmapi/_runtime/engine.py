@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from llmapi._runtime.batch import StepBatch
+from llmapi._runtime.plan import StepPlan
 from llmapi._runtime.sampler import Sampler, SamplerTokenizer
 from llmapi.config import EngineConfig
 from llmapi.errors import ConfigError
@@ -42,6 +43,22 @@ class Engine(ABC):
             valid until the next step.
         """
 
+    @abstractmethod
+    def step_hidden(
+        self, batch: StepBatch, sampled: torch.Tensor | None, projected: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`step`, where the final hidden states (after the last norm) are wanted of some rows.
+
+        Args:
+            batch, sampled: as of :meth:`step`.
+            projected: ascending places in ``batch.logits_indices`` whose logits are wanted; only these are projected to
+                the vocabulary.
+
+        Returns:
+            ``[N, hidden_size]`` hidden states of every row of ``batch.logits_indices``, and ``[len(projected),
+            vocab_size]`` logits; both valid until the next step.
+        """
+
     def sampler(self, tokenizer: SamplerTokenizer | None) -> Sampler:
         """What chooses tokens from this engine's logits.
 
@@ -53,6 +70,35 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back all memory. The engine cannot be used after; closing twice is closing once."""
+
+
+def run_step(
+    engine: Engine, plan: StepPlan, batch: StepBatch, sampled: torch.Tensor | None
+) -> tuple[Iterator[torch.Tensor], torch.Tensor]:
+    """Run a step whose entries may want hidden states, logits, or both kinds mixed.
+
+    Args:
+        engine: runs it.
+        plan, batch: the step.
+        sampled: see :meth:`Engine.step`.
+
+    Returns:
+        the rows of each entry that wants hidden states, and the logits of all other rows in order.
+    """
+    hidden: list[tuple[int, int]] = []
+    projected: list[int] = []
+    first = 0
+    for entry, count in zip(plan.entries, batch.logits_rows, strict=True):
+        probe = entry.seq.request.probe
+        if probe is not None and probe.hidden:
+            hidden.append((first, first + count))
+        else:
+            projected += range(first, first + count)
+        first += count
+    if not hidden:
+        return iter(()), engine.step(batch, sampled)
+    states, logits = engine.step_hidden(batch, sampled, projected)
+    return (states[start:stop] for start, stop in hidden), logits
 
 
 def num_kv_blocks(config: EngineConfig, spec: TransformerSpec, free_bytes: Callable[[], int], fraction: float) -> int:

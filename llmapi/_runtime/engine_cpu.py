@@ -71,15 +71,31 @@ class CpuEngine(Engine):
     @torch.inference_mode()
     def step(self, batch: StepBatch, sampled: torch.Tensor | None = None) -> torch.Tensor:
         """Copy blocks, then run the batch; see :class:`Engine`."""
+        plan = self._begin(batch)
+        logits: torch.Tensor = self._program.run(plan, _step_tensors(batch))
+        return logits.float()
+
+    @torch.inference_mode()
+    def step_hidden(
+        self, batch: StepBatch, sampled: torch.Tensor | None, projected: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`Engine`."""
+        plan = self._begin(batch)
+
+        def select(states: torch.Tensor) -> torch.Tensor | None:
+            return states[torch.tensor(projected)] if projected else None
+
+        hidden, logits = self._program.run_hidden(plan, _step_tensors(batch), select)
+        return hidden, torch.empty(0, self.spec.vocab_size) if logits is None else logits.float()
+
+    def _begin(self, batch: StepBatch) -> CpuPlan:
         if self._closed:
             raise EngineClosedError("this engine was closed: make a new LLM")
         if batch.copies:
             self._copy_blocks(batch.copies)
-        plan = CpuPlan.of(
+        return CpuPlan.of(
             batch.slot_mapping, batch.block_tables, batch.seq_lens, batch.query_start, self.config.block_size
         )
-        logits: torch.Tensor = self._program.run(plan, _step_tensors(batch))
-        return logits.float()
 
     def _implement(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Call:
         """The call of a node: a compiled kernel where there is one, else the operator's own CPU code, else torch's."""

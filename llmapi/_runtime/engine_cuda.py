@@ -116,6 +116,31 @@ class CudaEngine(Engine):
                 )
             return logits[:rows]
 
+    @torch.inference_mode()
+    def step_hidden(
+        self, batch: StepBatch, sampled: torch.Tensor | None, projected: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queue a step without a CUDA graph; see :class:`Engine`."""
+        if self._closed:
+            raise EngineClosedError("this engine was closed: make a new LLM")
+        with self._gpu.current():
+            if batch.copies:
+                self._copy_blocks(batch.copies)
+            decodes, rows = num_decodes(batch), len(batch.logits_indices)
+            shape = StepShape(len(batch.input_ids), len(batch.seq_lens), rows, decodes == len(batch.input_ids))
+            layout = self._buffers.upload(batch, shape, decodes)
+            self._resolve_ids(layout.device, sampled)
+            plan, device = CudaPlan.of(layout.device, shape, decodes), self._gpu.device
+
+            def select(states: torch.Tensor) -> torch.Tensor | None:
+                return states[torch.tensor(projected, device=device)] if projected else None
+
+            self._binder.begin(plan)
+            hidden, logits = self._program.run_hidden(plan, layout.device, select)
+            if logits is None:
+                logits = torch.empty(0, self.spec.vocab_size, dtype=getattr(torch, self.config.dtype), device=device)
+            return hidden, logits
+
     def _run(self, plan: CudaPlan, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self._binder.begin(plan)
         logits: torch.Tensor = self._program.run(plan, inputs)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from llmapi._runtime.job import Job
 from llmapi._runtime.sampler import Sampled, SampleRow
 
 
@@ -32,11 +33,13 @@ class Flight:
         rows: what is sampled.
         pending: the tokens; None where no row is sampled.
         overlaps: whether the next step may be planned before the tokens are known.
+        probed: jobs whose probe took its last row.
     """
 
     rows: list[SampleRow]
     pending: Pending | None
     overlaps: bool
+    probed: list[Job] = field(default_factory=list)
     _reserved: list[bool] = field(default_factory=list)
 
     def reserve(self) -> None:

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from llmapi._runtime.request import Request
 from llmapi.errors import CapacityError, ConfigError, PromptTooLongError, RequestError
+from llmapi.guided import GuidedDecodingParams
 from llmapi.outputs import RequestMetrics
 from llmapi.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from llmapi._runtime.grammar import Grammars
+    from llmapi._runtime.probe import Probe
     from llmapi._tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -89,6 +92,7 @@ class RequestMaker:
         max_seq_len: tokens of prompt and output.
         capacity_tokens: tokens that the whole KV cache holds.
         end_token_ids: ids that end a sequence for this model.
+        grammars: compiles those of guided decoding.
         seed: of the LLM; requests without one draw theirs from it, in order. None draws from the system.
     """
 
@@ -98,9 +102,11 @@ class RequestMaker:
     capacity_tokens: int
     end_token_ids: frozenset[int]
     seed: int | None
+    grammars: Grammars | None = None
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count()
+        self._probes = itertools.count()  # of their own, so that they change no other request's seed
         if self.seed is None:
             self.seed = secrets.randbits(64)
 
@@ -137,6 +143,9 @@ class RequestMaker:
                 f"{len(ids)} prompt tokens and {max_tokens} new ones can never fit the KV cache of "
                 f"{self.capacity_tokens} tokens: lower max_tokens, or give kv_cache_config more memory"
             )
+        guided = params.guided_decoding
+        assert guided is None or isinstance(guided, GuidedDecodingParams)
+        grammar = None if guided is None or self.grammars is None else self.grammars.get(guided)
         ends = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.end_token_ids)
         return Request(
             id=str(number),
@@ -147,7 +156,54 @@ class RequestMaker:
             max_tokens=max_tokens,
             stop_token_ids=ends,
             metrics=RequestMetrics(arrival_time=time.time()),
+            grammar=grammar,
         )
+
+    def probing(self, ids: list[int], probe: Probe, what: str) -> Request:
+        """A request that generates nothing, but asks about its tokens.
+
+        Args:
+            ids: the tokens to run; at least one.
+            probe: what to find out.
+            what: what messages call them.
+
+        Raises:
+            RequestError: they are too many, or one is not in the vocabulary.
+        """
+        self._check_ids(f"{what} token", ids)
+        if len(ids) > self.max_seq_len:
+            raise PromptTooLongError(
+                f"{what}: {len(ids)} tokens are to be run, and max_seq_len={self.max_seq_len}: shorten it, or make the "
+                "LLM with a larger max_seq_len"
+            )
+        if len(ids) > self.capacity_tokens:
+            raise CapacityError(
+                f"{what}: {len(ids)} tokens can never fit the KV cache of {self.capacity_tokens} tokens: shorten it, "
+                "or give kv_cache_config more memory"
+            )
+        params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        arrived = RequestMetrics(arrival_time=time.time())
+        return Request(f"probe-{next(self._probes)}", None, ids, params, 0, 1, frozenset(), arrived, probe=probe)
+
+    def ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Text, where there is one, and token ids of a prompt in any of its forms.
+
+        Raises:
+            RequestError: it is empty, or has no known form.
+        """
+        return self._ids(prompt)
+
+    def check(self, ids: list[int], what: str) -> None:
+        """Refuse ids that are not in the vocabulary.
+
+        Args:
+            ids: any.
+            what: what messages call one.
+
+        Raises:
+            RequestError: one is not.
+        """
+        self._check_ids(what, ids)
 
     def _seed(self, number: int) -> int:
         return int.from_bytes(hashlib.sha256(f"{self.seed}:{number}".encode()).digest()[:8], "little")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class Job:
         listener: called on the loop's thread with the final output, and with each state before it when ``streaming``.
         streaming: whether states before the final one are wanted.
         records: one per sequence.
-        prompt_rows: prompt positions whose logits were seen so far.
+        prompt_rows: prompt positions whose rows were seen, or are not wanted, so far.
         error: why it failed.
     """
 
@@ -62,11 +63,12 @@ class Job:
     def __post_init__(self) -> None:
         for seq in self.request.sequences:
             self.records[seq] = Record(Transcript.of(self.request.params, self.tokenizer))
+        self.prompt_rows = self.request.first_wanted_row or 0
 
     @property
     def wants_prompt(self) -> bool:
-        """Whether the prompt's logits are still wanted."""
-        return self.request.params.needs_prompt_logits and self.prompt_rows < len(self.request.prompt_token_ids)
+        """Whether rows of the prompt are still wanted."""
+        return self.request.first_wanted_row is not None and self.prompt_rows < len(self.request.prompt_token_ids)
 
     def start(self) -> None:
         """Note that a step is about to run some of its tokens; only the first time counts."""
@@ -99,7 +101,9 @@ class Job:
             record = self.records[seq]
             logprobs = list(record.logprobs) if params.logprobs is not None else None
             ids = seq.output_ids
-            total = None if logprobs is None else sum(e[t].logprob for e, t in zip(logprobs, ids, strict=True))
+            total = None
+            if params.kept_logprobs is not None:
+                total = sum(e[t].logprob for e, t in zip(record.logprobs, ids, strict=True))
             logits = None
             if params.returns_generation_logits and record.logits:
                 logits = torch.stack(record.logits)
@@ -115,6 +119,8 @@ class Job:
                     logits=logits,
                 )
             )
+        if params.num_drawn > params.n:
+            outputs = _best(outputs, params.n)
         done = self.prompt_rows >= len(request.prompt_token_ids)
         return RequestOutput(
             request_id=request.id,
@@ -128,3 +134,9 @@ class Job:
             metrics=metrics,
             error=self.error,
         )
+
+
+def _best(outputs: list[CompletionOutput], count: int) -> list[CompletionOutput]:
+    """The most probable of these, best first, numbered by rank; of equals those drawn first."""
+    ranked = sorted(outputs, key=lambda o: -(o.cumulative_logprob or 0.0))[:count]
+    return [dataclasses.replace(output, index=rank) for rank, output in enumerate(ranked)]

@@ -1,6 +1,6 @@
 """LogitEdits: what a request changes in its logits before a token is chosen.
 
-The order: logits_processors; the min_tokens mask; logit_bias; bad_words; penalties.
+The order: logits_processors; the grammar of guided_decoding; the min_tokens mask; logit_bias; bad_words; penalties.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llmapi._runtime.guide import Guide, forbid
 from llmapi._runtime.params_memo import ParamsMemo
 from llmapi._runtime.penalties import Penalties
 from llmapi._runtime.request import Sequence
@@ -57,7 +58,7 @@ class LogitEdits:
     def wanted(self, sequence: Sequence) -> bool:
         """Whether this sequence's next logits would be changed."""
         params = sequence.request.params
-        return self._plans(params).edits or _held_back(sequence)
+        return self._plans(params).edits or sequence.guide is not None or _held_back(sequence)
 
     def apply(self, x: Tensor, sequences: Rows[Sequence]) -> list[RequestError | None]:
         """Edit row ``i`` of ``x`` as ``sequences[i]`` asks.
@@ -71,6 +72,7 @@ class LogitEdits:
         """
         errors: list[RequestError | None] = [None] * len(sequences)
         banned: list[int] = []
+        guided: dict[int, Guide] = {}
         for row, sequence in enumerate(sequences):
             plan = self._plans(sequence.request.params)
             try:
@@ -81,6 +83,8 @@ class LogitEdits:
             except RequestError as error:
                 errors[row] = error
                 continue
+            if sequence.guide is not None:
+                guided[row] = sequence.guide
             if plan.bias is not None:
                 ids, values = plan.bias
                 x[row, ids.to(x.device)] += values.to(x.device)
@@ -88,6 +92,8 @@ class LogitEdits:
             if _held_back(sequence):
                 banned.extend(offset + t for t in sequence.request.stop_token_ids if t < self._vocab)
             banned.extend(offset + t for t in _completing(plan, sequence) if t < self._vocab)
+        if guided:
+            forbid(x, list(guided), list(guided.values()))
         if banned:
             x.view(-1)[torch.tensor(banned, device=x.device)] = -torch.inf
         self._penalties.apply(x, sequences)

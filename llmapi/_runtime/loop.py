@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from concurrent.futures import CancelledError
+from functools import partial
 
 import torch
 
 from llmapi._runtime.batch import build_batch, wanted_positions
-from llmapi._runtime.engine import Engine
+from llmapi._runtime.engine import Engine, run_step
 from llmapi._runtime.flight import Flight
 from llmapi._runtime.job import Job
 from llmapi._runtime.logprobs import prompt_logprobs
@@ -41,6 +43,7 @@ class EngineLoop:
         self._sampler = sampler
         self._jobs: dict[Request, Job] = {}
         self._arriving: deque[Job] = deque()
+        self._compiled: deque[Job] = deque()  # whose grammar is ready, or known to be wrong
         self._aborting: deque[str] = deque()
         self._flight: Flight | None = None
         self._closing = False
@@ -93,7 +96,12 @@ class EngineLoop:
         while True:
             with self._wake:
                 while not (
-                    self._arriving or self._aborting or self._closing or self._flight or self._scheduler.has_work
+                    self._arriving
+                    or self._compiled
+                    or self._aborting
+                    or self._closing
+                    or self._flight
+                    or self._scheduler.has_work
                 ):
                     self._wake.wait()
                 if self._closing:
@@ -131,12 +139,20 @@ class EngineLoop:
             self._jobs[entry.seq.request].start()
         batch = build_batch(plan, self._engine.config.block_size, self._prompt_rows_done)
         before = None if self._flight is None or self._flight.pending is None else self._flight.pending.ids
-        logits = self._engine.step(batch, before)
+        hidden, logits = run_step(self._engine, plan, batch, before)
         rows: list[SampleRow] = []
         picked: list[int] = []
+        probed: list[Job] = []
         overlaps, first = True, 0
         for entry, count in zip(plan.entries, batch.logits_rows, strict=True):
             job = self._jobs[entry.seq.request]
+            if (probe := job.request.probe) is not None:
+                if probe.hidden:
+                    self._probe(job, entry, next(hidden), probed)
+                else:
+                    self._probe(job, entry, logits[first : first + count], probed)
+                    first += count
+                continue
             if job.wants_prompt:
                 self._keep_prompt_rows(job, entry, logits[first : first + count])
             if entry.produces_logits:
@@ -146,16 +162,20 @@ class EngineLoop:
             first += count
         self.steps += 1
         if not rows:
-            return Flight(rows, None, overlaps=True)
+            return Flight(rows, None, overlaps=True, probed=probed)
         if not overlaps:
             self._land()  # what these rows are sampled by may depend on the tokens before
         wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked, device=logits.device)]
-        return Flight(rows, self._sampler.start(wanted, rows), overlaps)
+        return Flight(rows, self._sampler.start(wanted, rows), overlaps, probed)
 
     def _land(self) -> None:
         """Wait for the tokens of the step in flight, if there is one, and turn them into what happens next."""
         flight, self._flight = self._flight, None
-        if flight is None or flight.pending is None:
+        if flight is None:
+            return
+        for job in flight.probed:
+            self._end_probe(job)
+        if flight.pending is None:
             return
         for row, reserved, sampled in zip(flight.rows, flight.reserved(), flight.pending.result(), strict=True):
             owner = self._jobs.get(row.sequence.request)
@@ -171,13 +191,36 @@ class EngineLoop:
         """Take in what arrived since the last step, and let go of what was aborted."""
         with self._wake:
             arriving, self._arriving = self._arriving, deque()
+            compiled, self._compiled = self._compiled, deque()
             aborting, self._aborting = set(self._aborting), deque()
         for job in arriving:
             self._jobs[job.request] = job
-            self._scheduler.add(job.request.sequences[0])
+            if job.request.grammar is None:
+                self._scheduler.add(job.request.sequences[0])
+            else:  # it is compiled elsewhere, and the others go on meanwhile
+                job.request.grammar.add_done_callback(partial(self._grammar_done, job))
+        for job in compiled:
+            if job.request in self._jobs:
+                self._begin_guided(job)
         if aborting:
             for job in [job for job in self._jobs.values() if job.request.id in aborting]:
                 self._end_job(job, "abort")
+
+    def _grammar_done(self, job: Job, _: object) -> None:
+        """Let a job in whose grammar is compiled; called from any thread."""
+        with self._wake:
+            self._compiled.append(job)
+            self._wake.notify()
+
+    def _begin_guided(self, job: Job) -> None:
+        request = job.request
+        assert request.grammar is not None
+        try:
+            request.sequences[0].guide = request.grammar.result().start(request.stop_token_ids)
+        except (Exception, CancelledError) as error:
+            self._fail(job, error)
+        else:
+            self._scheduler.add(request.sequences[0])
 
     def _prompt_rows_done(self, entry: Entry) -> int | None:
         job = self._jobs[entry.seq.request]
@@ -198,6 +241,25 @@ class EngineLoop:
             following = [ids[p + 1] for p in told]
             job.prompt_logprobs += prompt_logprobs(logits[: len(told)], following, params.prompt_logprobs, decode)
         job.prompt_rows += count
+
+    def _probe(self, job: Job, entry: Entry, rows: torch.Tensor, probed: list[Job]) -> None:
+        """Hand rows of a given text to what was asked about it, and note whether they were the last."""
+        probe = job.request.probe
+        assert probe is not None
+        if len(rows):
+            probe.take(rows, entry.start + entry.count - len(rows))
+            job.prompt_rows += len(rows)
+        if entry.produces_logits:
+            probe.finish()
+            probed.append(job)
+
+    def _end_probe(self, job: Job) -> None:
+        [seq] = job.request.sequences
+        if not seq.finished:  # it may have been aborted while the step ran
+            assert job.request.probe is not None
+            job.request.probe.land()
+            self._end_sequence(seq, "stop")
+            self._end_job(job, None)
 
     def _commit_row(self, job: Job, seq: Sequence, sampled: Sampled, reserved: bool) -> None:
         if reserved:
@@ -223,6 +285,7 @@ class EngineLoop:
         sibling = Sequence(seq.request, index, list(seq.token_ids), seq.num_prompt)
         seq.request.sequences.append(sibling)
         job.records[sibling] = job.records[seq].fork()
+        sibling.guide = None if seq.guide is None else seq.guide.fork()
         return sibling
 
     def _advance(self, job: Job, seq: Sequence, sampled: Sampled, index: int) -> None:
@@ -234,13 +297,19 @@ class EngineLoop:
             record.logits.append(sampled.logits)
         enough = seq.num_output >= request.params.min_tokens
         if token in request.stop_token_ids and enough:
+            if seq.guide is not None:
+                seq.guide.check()
             explicit = token in (request.params.stop_token_ids or ())
             record.transcript.end_with(token)
             self._end_sequence(seq, "stop", token if explicit else None)
             return
         stop = record.transcript.append(token)
+        if seq.guide is not None:
+            seq.guide.accept(token)
         if stop is not None:
             self._end_sequence(seq, "stop", stop)
+        elif seq.guide is not None and seq.guide.complete:
+            self._end_sequence(seq, "stop", record.transcript.finish())
         elif seq.num_output >= request.max_tokens:
             stop = record.transcript.finish()
             self._end_sequence(seq, "length" if stop is None else "stop", stop)
@@ -275,6 +344,6 @@ class EngineLoop:
 
 
 def _draws(seq: Sequence) -> int:
-    """Tokens to draw from a sequence's logits: ``n`` when its request is about to fork, else 1."""
+    """Tokens to draw from a sequence's logits: ``n`` or ``best_of`` when its request is about to fork, else 1."""
     request = seq.request
-    return request.params.n if len(request.sequences) == 1 and seq.num_output == 0 else 1
+    return request.params.num_drawn if len(request.sequences) == 1 and seq.num_output == 0 else 1

@@ -30,12 +30,16 @@ class Program:
         slots: of the step's inputs, by name.
         size: of the environment.
         output: slot of the result.
+        hidden: slot of what goes into the projection to the vocabulary.
+        projection: index of the instruction that begins it.
     """
 
     instructions: tuple[tuple[Call, int, tuple[int, ...]], ...]
     slots: Mapping[str, int]
     size: int
     output: int
+    hidden: int
+    projection: int
 
     @classmethod
     def bind(cls, graph: Graph, values: Mapping[str, Any], implement: Implement) -> Program:
@@ -75,7 +79,8 @@ class Program:
             if slot != output:
                 dead.setdefault(index, []).append(slot)
         program = tuple((call, slot, tuple(dead.get(i, ()))) for i, (call, slot) in enumerate(calls))
-        return cls(program, slots, len(slots) + 1, output)
+        index, ref = graph.projection()
+        return cls(program, slots, len(slots) + 1, output, slots[ref.name], index)
 
     def run(self, plan: Any, inputs: Mapping[str, Any]) -> Any:
         """The result for these step inputs.
@@ -84,16 +89,40 @@ class Program:
             plan: what goes into slot 0.
             inputs: by name; those that the graph does not read are passed over.
         """
+        environment = self._begin(plan, inputs)
+        _execute(self.instructions, environment)
+        return environment[self.output]
+
+    def run_hidden(self, plan: Any, inputs: Mapping[str, Any], select: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """What goes into the projection to the vocabulary, and the result for some of its rows.
+
+        Args:
+            plan, inputs: as of :meth:`run`.
+            select: from the former to the rows that are to be projected; None for none.
+        """
+        environment = self._begin(plan, inputs)
+        _execute(self.instructions[: self.projection], environment)
+        hidden = environment[self.hidden]
+        environment[self.hidden] = select(hidden)
+        if environment[self.hidden] is None:
+            return hidden, None
+        _execute(self.instructions[self.projection :], environment)
+        return hidden, environment[self.output]
+
+    def _begin(self, plan: Any, inputs: Mapping[str, Any]) -> Environment:
         environment: Environment = [None] * self.size
         environment[0] = plan
         for name, value in inputs.items():
             if name in self.slots:
                 environment[self.slots[name]] = value
-        for call, result, dead in self.instructions:
-            environment[result] = call(environment)
-            for slot in dead:
-                environment[slot] = None
-        return environment[self.output]
+        return environment
+
+
+def _execute(instructions: tuple[tuple[Call, int, tuple[int, ...]], ...], environment: Environment) -> None:
+    for call, result, dead in instructions:
+        environment[result] = call(environment)
+        for slot in dead:
+            environment[slot] = None
 
 
 def call_of(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], *, plan: bool = False) -> Call:

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llmapi.outputs import FinishReason, RequestMetrics
 from llmapi.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from llmapi._runtime.grammar import Grammar
+    from llmapi._runtime.guide import Guide
+    from llmapi._runtime.probe import Probe
 
 
 class Status(enum.Enum):
@@ -41,6 +49,7 @@ class Sequence:
         block_hashes: hash of each full, computed block so far (prefix reuse).
         arrival: when the scheduler first saw it, as a running number; a fork has that of its parent.
         preemptions: how often it lost its blocks and was recomputed.
+        guide: where it stands in its request's grammar, if there is one.
     """
 
     request: Request
@@ -56,6 +65,7 @@ class Sequence:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    guide: Guide | None = None
 
     @property
     def output_ids(self) -> list[int]:
@@ -90,7 +100,9 @@ class Request:
         stop_token_ids: every id that ends a sequence (generation config, tokenizer and params; empty of end tokens
             under ``ignore_eos``).
         priority: arrival order; smaller is served first.
-        sequences: grows from one to ``params.n`` when the prompt has been computed.
+        sequences: grows from one to ``params.num_drawn`` when the prompt has been computed.
+        grammar: what the text follows, once it is compiled.
+        probe: what is wanted of the prompt's rows, where nothing is to be generated.
     """
 
     id: str
@@ -103,10 +115,19 @@ class Request:
     metrics: RequestMetrics
     priority: int = 0
     sequences: list[Sequence] = field(default_factory=list)
+    grammar: Future[Grammar] | None = None
+    probe: Probe | None = None
 
     def __post_init__(self) -> None:
         if not self.sequences:
             self.sequences.append(Sequence(self, 0, list(self.prompt_token_ids), len(self.prompt_token_ids)))
+
+    @property
+    def first_wanted_row(self) -> int | None:
+        """First position of the prompt whose row is wanted for itself; None where only the last one's is."""
+        if self.probe is not None:
+            return self.probe.first
+        return 0 if self.params.needs_prompt_logits else None
 
     @property
     def finished(self) -> bool:

@@ -3,7 +3,7 @@
 The order of operations, for each row by its own request:
 
 1. raw logits: ``logprobs`` and ``return_logits`` are of these, the model's own distribution
-2. ``logits_processors``, in the order given
+2. ``logits_processors``, in the order given; then ids that ``guided_decoding`` does not allow become -inf
 3. ``min_tokens``: ids that end a sequence become -inf until there are enough
 4. ``logit_bias``
 5. ``bad_words``: the id that would complete one becomes -inf
@@ -192,8 +192,8 @@ class Sampler:
             if params.returns_generation_logits:
                 with torch.inference_mode(False):  # a tensor that the user may change
                     results[i].logits = logits[i].to("cpu", torch.float32, copy=True)
-            if params.logprobs is not None:
-                asking.setdefault((params.logprobs, params.detokenize), []).append(i)
+            if params.kept_logprobs is not None:
+                asking.setdefault((params.kept_logprobs, params.detokenize), []).append(i)
         for (k, texts), members in asking.items():
             decode = self._tokenizer.token_text if self._tokenizer is not None and texts else None
             found = token_logprobs(_take(logits, members), [results[i].token_ids for i in members], k, decode)
@@ -243,6 +243,6 @@ def _no_choice(raw: Tensor, edited: Tensor, sequence: Sequence) -> RequestError:
             f"{where}: logits_processors left {bad} of {edited.numel()} logits NaN. Return numbers or -inf"
         )
     return RequestError(
-        f"{where}: no token is left of {edited.numel()}: logits_processors, min_tokens, logit_bias and bad_words "
-        "exclude all of them. Loosen one"
+        f"{where}: no token is left of {edited.numel()}: logits_processors, guided_decoding, min_tokens, logit_bias "
+        "and bad_words exclude all of them. Loosen one"
     )

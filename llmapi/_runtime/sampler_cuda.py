@@ -19,6 +19,7 @@ from torch import Tensor
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.sample_cuda import EDIT, MAX_LOGPROBS, ROW, SampleKernels, nucleus_range
 from llmapi._runtime.draw import _COLDEST
+from llmapi._runtime.guide import fill, words
 from llmapi._runtime.logit_edits import _completing, _held_back
 from llmapi._runtime.logprobs import _ranked
 from llmapi._runtime.params_memo import ParamsMemo
@@ -43,6 +44,7 @@ class _Fixed:
         penalized: whether the row needs counts.
         words: whether there are bad_words.
         ends: whether min_tokens may mask something.
+        guided: whether a grammar says what may come next.
         busy: whether a row must be looked at in every step.
         overlaps: whether host work is never needed between two tokens.
     """
@@ -53,6 +55,7 @@ class _Fixed:
     penalized: bool
     words: bool
     ends: bool
+    guided: bool
     busy: bool
     overlaps: bool
 
@@ -141,15 +144,23 @@ class CudaSampler(Sampler):
             raise ValueError(
                 f"logits have the shape {list(logits.shape)}, but {len(rows)} rows of {self._vocab} were expected"
             )
-        table, edits = self._pack(rows)
+        table, edits, guided = self._pack(rows)
         n = len(rows)
         ids = torch.empty(2, n, dtype=torch.int32, device=self._device)  # ids, then reasons of failure
-        staging = torch.empty(table.nbytes + edits.nbytes, dtype=torch.uint8, pin_memory=ids.is_cuda)
+        masks_at, mask_bytes = table.nbytes + edits.nbytes, 4 * words(self._vocab)
+        size = masks_at + len(guided) * mask_bytes
+        staging = torch.empty(size, dtype=torch.uint8, pin_memory=ids.is_cuda)
+        uploaded = torch.empty(size, dtype=torch.uint8, device=self._device)
+        if guided:
+            table["mask"][guided] = uploaded.data_ptr() + masks_at + np.arange(len(guided)) * mask_bytes
         packed = staging.numpy()
         packed[: table.nbytes] = table.view(np.uint8)
-        packed[table.nbytes :] = edits.view(np.uint8)
-        uploaded = staging.to(self._device, non_blocking=True)
-        listed = uploaded[table.nbytes :] if len(edits) else None
+        packed[table.nbytes : masks_at] = edits.view(np.uint8)
+        if guided:
+            masks = packed[masks_at:].view(np.int32).reshape(len(guided), -1)
+            fill([g for i in guided if (g := rows[i].sequence.guide) is not None], masks)
+        uploaded.copy_(staging, non_blocking=True)
+        listed = uploaded[table.nbytes : masks_at] if len(edits) else None
         chosen = ids[0]
         self._kernels(logits, uploaded, chosen, edits=listed, reasons=ids[1])
         pending = PendingTokens(self, rows, chosen, table["counter"].copy())
@@ -171,8 +182,10 @@ class CudaSampler(Sampler):
             )
         return pending
 
-    def _pack(self, rows: Rows[SampleRow]) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
-        """The batch's settings, ``[N]`` of ``ROW``, and its edits, ``[M]`` of ``EDIT``; valid until the next call."""
+    def _pack(self, rows: Rows[SampleRow]) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void], list[int]]:
+        """The batch's settings, ``[N]`` of ``ROW``, its edits, ``[M]`` of ``EDIT``, and the rows that follow a grammar;
+        valid until the next call.
+        """
         sequences, draws = [row.sequence for row in rows], [row.count for row in rows]
         if self._batch.sequences != sequences or self._batch.draws != draws:
             self._batch = self._begin(sequences, draws)
@@ -181,11 +194,14 @@ class CudaSampler(Sampler):
         edits: list[npt.NDArray[np.void]] = []
         length, edited = 0, []
         penalized: list[int] = []
+        guided: list[int] = []
         for i in self._batch.busy:
             sequence, own = sequences[i], fixed[i]
             banned = self._banned(sequence, own) if own.ends or own.words else []
             if own.penalized:
                 penalized.append(i)
+            if own.guided and sequence.guide is not None:
+                guided.append(i)
             table["edits"][i] = table["bans"][i] = table["edits_end"][i] = table["edited"][i] = 0
             if banned or len(own.bias):
                 bans = np.zeros(len(banned), dtype=EDIT)
@@ -194,14 +210,14 @@ class CudaSampler(Sampler):
                 start = length + len(own.bias)
                 table["edits"][i], table["bans"][i], table["edits_end"][i] = length, start, start + len(banned)
                 length = start + len(banned)
-            elif not own.penalized:
+            elif not own.penalized and not own.guided:
                 continue
             edited.append(i)
         if penalized:
             table["counts"][penalized] = self._counts.addresses([sequences[i] for i in penalized], self._last_ids)
         if edited:
             table["edited"][edited] = self._scratch_rows(len(edited))
-        return table, np.concatenate(edits) if edits else np.zeros(0, dtype=EDIT)
+        return table, np.concatenate(edits) if edits else np.zeros(0, dtype=EDIT), guided
 
     def _begin(self, sequences: list[Sequence], draws: list[int]) -> _Batch:
         """What stays while the same sequences are sampled step after step."""
@@ -245,16 +261,16 @@ class CudaSampler(Sampler):
         row["least"] = -int(-p.min_p * 2**44 // 1)
         row["repetition"], row["presence"] = p.repetition_penalty, p.presence_penalty
         row["frequency"], row["penalized"] = p.frequency_penalty, penalized
-        row["logprobs"] = -1 if p.logprobs is None else p.logprobs
+        row["logprobs"] = -1 if p.kept_logprobs is None else p.kept_logprobs
         if not served:
             row["logprobs"] = -1
         bias = np.zeros(0 if plan.bias is None else len(plan.bias[0]), dtype=EDIT)
         if plan.bias is not None:
             bias["id"], bias["value"] = plan.bias[0].numpy(), plan.bias[1].numpy()
-        words, ends = bool(plan.bad_words), p.min_tokens > 0
-        busy = served and bool(penalized or words or ends or len(bias))
-        overlaps = served and plan.longest <= 1
-        return _Fixed(row.tobytes(), bias, served, penalized, words, ends, busy, overlaps)
+        listed, ends, guided = bool(plan.bad_words), p.min_tokens > 0, p.guided_decoding is not None
+        busy = served and bool(penalized or listed or ends or guided or len(bias))
+        overlaps = served and plan.longest <= 1 and not guided
+        return _Fixed(row.tobytes(), bias, served, penalized, listed, ends, guided, busy, overlaps)
 
     def _texts(self, params: SamplingParams) -> SamplerTokenizer | None:
         return self._tokenizer if params.detokenize else None
@@ -304,7 +320,7 @@ class PendingTokens:
                 out.append(Sampled([], error=self._error(row.sequence, int(self._positions[i]), reasons[i])))
             else:
                 found = Sampled([ids[i]])
-                if row.sequence.request.params.logprobs is not None:
+                if row.sequence.request.params.kept_logprobs is not None:
                     found.logprobs = [self._logprobs(row.sequence.request.params, ids[i], values[i], tokens[i])]
                 out.append(found)
         return out

@@ -285,9 +285,10 @@ class Scheduler:
 
     def _num_findable(self, seq: Sequence) -> int:
         """How many blocks of a waiting ``seq`` may come from the prefix cache."""
-        if not self.pool.enable_prefix_caching or seq.request.params.needs_prompt_logits:
+        if not self.pool.enable_prefix_caching:
             return 0
-        return (len(seq.token_ids) - 1) // self.pool.block_size
+        wanted, last = seq.request.first_wanted_row, len(seq.token_ids) - 1
+        return (last if wanted is None else min(wanted, last)) // self.pool.block_size
 
     def _run(self, seq: Sequence) -> None:
         insort(self._running, seq, key=age)

@@ -80,6 +80,11 @@ def tied_beams(gpu: EmulatedGpu) -> None:
         beam_tests.check(gpu, x, torch.tensor([0.0, -1.0, -1.0, -1e9]), requests)  # type: ignore[arg-type]
 
 
+def masks(gpu: EmulatedGpu) -> None:
+    sample_tests.test_masks(gpu, 1000, 30, torch.float32, cases.SEED)  # type: ignore[arg-type]
+    sample_tests.test_masks(gpu, 1003, 30, torch.float32, cases.SEED)  # type: ignore[arg-type]
+
+
 CHECKS: dict[str, Check] = {
     **{name: operator(name) for name in ("rms_norm", "add_rms_norm", "add_layer_norm", "gated_activation")},
     **{name: operator(name) for name in ("rotary_cos_sin", "rotary_kv_write")},
@@ -113,6 +118,7 @@ CHECKS: dict[str, Check] = {
     "beam tables": lambda gpu: beam_tests.test_tables(gpu, True, cases.SEED),  # type: ignore[arg-type]
     "beam tables apart": lambda gpu: beam_tests.test_tables(gpu, False, cases.SEED),  # type: ignore[arg-type]
     "beam counts": lambda gpu: beam_tests.test_counts(gpu, True, cases.SEED),  # type: ignore[arg-type]
+    "masks": masks,
 }
 
 MUTANTS: list[tuple[str, str, str, str]] = [
@@ -195,7 +201,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("rows.cuh", "ptx::barrier_cluster();", "__syncthreads();", "clusters"),
     ("step.cu", "count ? *count :", "count ? 1 :", "step"),
     ("step.cu", "pair += gridDim.x", "pair += gridDim.x + 1", "step"),
-    ("rows.cuh", "make_float4(value(", "make_float4((", "beam edits"),
+    ("rows.cuh", "? value(element<scalar_t>(raw, e))", "? element<scalar_t>(raw, e)", "beam edits"),
     ("beam.cu", "LOG2E = 1.44269504f", "LOG2E = 1.4427f", "beams"),
     ("beam.cu", "__fsub_rn(element<scalar_t>(vector, e), top)", "element<scalar_t>(vector, e)", "beams"),
     ("beam.cu", "SUPPORT = 32.0f", "SUPPORT = 8.0f", "beams"),
@@ -241,6 +247,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("beam_reorder.cu", "+ (column == tokens[row])", "", "beam counts"),
     ("beam_reorder.cu", "__syncthreads();  // all counts are read", "", "beam counts"),
     ("sample.cu", "from += n;", "", "clusters"),
+    ("rows.cuh", "mask[id >> 5] >> (id & 31) : 0", "mask[id >> 5] >> (id & 15) : 0", "masks"),
+    ("rows.cuh", "allowed >> e & 1", "allowed >> (e & 6) & 1", "masks"),
+    ("rows.cuh", "!(mask[id >> 5] >> (id & 31) & 1)", "!(mask[id >> 5] >> (id & 31))", "masks"),
 ]  # fmt: skip
 
 

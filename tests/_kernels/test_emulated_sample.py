@@ -80,6 +80,12 @@ def test_logprobs(gpu: Any, vocab: int, n: int, dtype: torch.dtype) -> None:
     sample_tests.test_logprobs(gpu, vocab, dtype, n, cases.SEED)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("vocab", "n"), [(11, 60), (1000, 30), (5003, 10)])
+def test_masks(gpu: Any, vocab: int, n: int, dtype: torch.dtype) -> None:
+    sample_tests.test_masks(gpu, vocab, n, dtype, cases.SEED)
+
+
 def test_penalties_follow_the_output(gpu: Any) -> None:
     sample_tests.test_penalties_follow_the_output(gpu, cases.SEED)
 

@@ -6,6 +6,7 @@ What this cannot see: Hopper's own kernels, CUDA graphs (a step is launched agai
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,42 @@ def test_prefixes_preemption_and_log_probabilities(llm: LLM, truth: Truth) -> No
     assert again.outputs[0].logprobs is not None
     for i, (token, told) in enumerate(zip(again.outputs[0].token_ids, again.outputs[0].logprobs, strict=True)):
         assert told[token].logprob == pytest.approx(exact[39 + i, token].item(), abs=1e-4)
+
+
+def test_scores_and_hidden_states_beside_generation(llm: LLM, truth: Truth) -> None:
+    """Steps of logits, of hidden states, and of both mixed."""
+    [prompt, text, other] = prompts_of([12, 50, 21], seed=5)
+    running = llm.generate_async(prompt, greedy(30))
+    [score] = llm.score([text[:20]], [text[20:]], use_tqdm=False)  # type: ignore[misc]
+    exact = truth.logprobs(text)[19:-1]
+    assert score.logprobs == pytest.approx([row[t].item() for row, t in zip(exact, text[20:], strict=True)], abs=1e-4)
+    with torch.no_grad():
+        states = [truth.model.base_model(torch.tensor([ids])).last_hidden_state[0] for ids in (text, other)]
+    for own, expected in zip(llm.encode([text, other], use_tqdm=False), states, strict=True):
+        torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
+    mean = llm.embed([text, other], "mean", normalize=False, use_tqdm=False)
+    torch.testing.assert_close(mean, torch.stack([s.mean(0) for s in states]), atol=1e-4, rtol=1e-4)
+    assert running.result(120).outputs[0].token_ids == truth.greedy(prompt, 30)
+    until(lambda: idle(llm))
+
+
+def test_guided_requests_beside_free_ones(llm: LLM, truth: Truth) -> None:
+    """Masks go to the kernel with the step's settings; samples of one prompt fork; the others keep their tokens."""
+    pytest.importorskip("llguidance", reason="the extra [guided] is not installed")
+    prompts = prompts_of([12, 5, 9, 7], seed=6)
+    kind = {"regex": "[a-f]{3}-([0-9]|xy){2,4}!"}
+    params = [
+        greedy(12),
+        SamplingParams(seed=1, max_tokens=20, guided_decoding=kind),
+        SamplingParams(seed=2, max_tokens=20, guided_decoding=kind, n=3, top_k=20),
+        SamplingParams(temperature=0, max_tokens=20, guided_decoding=kind, repetition_penalty=1.2, min_tokens=2),
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert outputs[0].outputs[0].token_ids == truth.greedy(prompts[0], 12)
+    for output in outputs[1:]:
+        for one in output.outputs:
+            assert one.finish_reason == "stop" and re.fullmatch(kind["regex"], one.text)
+    for prompt, own, together in zip(prompts, params, outputs, strict=True):
+        alone = llm.generate(prompt, own)
+        assert [o.token_ids for o in alone.outputs] == [o.token_ids for o in together.outputs]
+    until(lambda: idle(llm))

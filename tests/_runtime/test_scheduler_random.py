@@ -358,7 +358,7 @@ FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
     "a preempted sequence keeps its hashes": (scheduler, [("        seq.block_hashes = []\n", "")]),
     "a whole sequence is taken from the cache": (
         scheduler,
-        [("(len(seq.token_ids) - 1) // self.pool", "len(seq.token_ids) // self.pool")],
+        [("first_wanted_row, len(seq.token_ids) - 1", "first_wanted_row, len(seq.token_ids)")],
     ),
     "found blocks are not retained": (scheduler, [("for block in found:\n                pool.retain(block)", "pass")]),
     "found blocks are counted as free": (scheduler, [("pool.num_free - revived - fresh", "pool.num_free - fresh")]),

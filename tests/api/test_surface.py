@@ -175,7 +175,7 @@ def test_the_watch_sees_what_it_should() -> None:
 
 LAYERS = (
     {"errors", "_device"},
-    {"config", "sampling", "outputs"},
+    {"config", "sampling", "guided", "outputs"},
     {"_env", "_progress", "_files", "_digests", "_source", "_hub", "_tokenizer", "_frozen_tokenizer", "_detokenizer"},
     {"models"},
     {"_kernels"},
@@ -183,7 +183,7 @@ LAYERS = (
     {"_runtime"},
     {"llm"},
     {"_cli"},
-    {"cli"},
+    {"cli", "lm_eval_model"},
     {"__main__"},
 )
 """What may import what: a module imports its own layer and lower ones, never a higher one.

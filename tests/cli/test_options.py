@@ -13,12 +13,13 @@ import pytest
 from llmapi import LLM, KvCacheConfig, SamplingParams
 from llmapi._cli import options
 from llmapi._cli.text import age_text
-from llmapi._cli.values import size
+from llmapi._cli.values import arguments, size
 
 
 def test_every_argument_of_the_api_can_be_typed() -> None:
     known = {o.name for o in options.SAMPLING}
-    assert known == {f.name for f in fields(SamplingParams)} - {"logits_processors", "return_logits"}
+    untyped = {"logits_processors", "return_logits", "structured_outputs"}
+    assert known == {f.name for f in fields(SamplingParams)} - untyped
     known = {o.name for o in options.ENGINE} | {"model", "kv_cache_config"}
     assert known == set(signature(LLM).parameters) - {"unknown"}
     assert {o.name for o in options.KV_CACHE} == {f.name for f in fields(KvCacheConfig)}
@@ -30,7 +31,7 @@ def test_every_option_arrives_as_it_was_typed() -> None:
         "--frequency-penalty 0.5 --seed 7 --stop END --stop . --stop-token-ids 3,4 --bad-words bad "
         "--logit-bias 3=-1.5,4=2 --ignore-eos --include-stop-str-in-output --no-skip-special-tokens "
         "--no-spaces-between-special-tokens --min-tokens 2 --max-tokens none --logprobs 1 --prompt-logprobs 0 "
-        "--no-detokenize"
+        '--no-detokenize --best-of 4 --guided-decoding \'{"regex": "[0-9]+"}\''
     )
     given = options.sampling_arguments(parse("generate", "model", *words))
     assert given == {
@@ -38,7 +39,7 @@ def test_every_option_arrives_as_it_was_typed() -> None:
         "presence_penalty": -0.5, "frequency_penalty": 0.5, "seed": 7, "stop": ["END", "."], "stop_token_ids": [3, 4],
         "bad_words": ["bad"], "logit_bias": {3: -1.5, 4: 2.0}, "ignore_eos": True, "include_stop_str_in_output": True,
         "skip_special_tokens": False, "spaces_between_special_tokens": False, "min_tokens": 2, "max_tokens": None,
-        "logprobs": 1, "prompt_logprobs": 0, "detokenize": False,
+        "logprobs": 1, "prompt_logprobs": 0, "detokenize": False, "best_of": 4, "guided_decoding": {"regex": "[0-9]+"},
     }  # fmt: skip
     words = shlex.split(
         "--revision r --tokenizer t --tokenizer-mode slow --skip-tokenizer-init --trust-remote-code --hf-token x "
@@ -79,6 +80,13 @@ def test_what_was_not_typed_is_left_to_the_api() -> None:
 def test_prompts_may_stand_between_options() -> None:
     args = parse("generate", "--top-k", "3", "model", "one", "--json", "two", "--top-p", "1", "--", "-three")
     assert (args.model, args.prompts) == ("model", ["one", "two", "-three"])
+
+
+def test_arguments_are_a_json_object() -> None:
+    assert arguments('{"choice": ["a"]}') == {"choice": ["a"]}
+    for wrong in ("", "[1]", "regex=a", "{"):
+        with pytest.raises(ArgumentTypeError):
+            arguments(wrong)
 
 
 def test_sizes_and_ages() -> None:

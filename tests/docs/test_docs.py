@@ -249,6 +249,11 @@ def test_comparison_table_has_every_field() -> None:
     assert not missing
 
 
+def test_guided_table_has_the_fields_and_defaults_of_the_code() -> None:
+    written = {row[0]: row[1] for row in table(ROOT / "docs/guided.md", "argument")}
+    assert written == {f.name: repr(f.default) for f in dataclasses.fields(llmapi.GuidedDecodingParams)}
+
+
 # ---- other tables
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,6 +122,43 @@ def test_abort_in_the_middle(llm: LLM) -> None:
         if seen == 5:
             llm.abort(output.request_id)
     assert output.outputs[0].finish_reason == "abort"
+    until(lambda: idle(llm))
+
+
+def test_guided_requests_beside_free_ones(llm: LLM, truth: Truth) -> None:
+    pytest.importorskip("llguidance", reason="the extra [guided] is not installed")
+    prompts = prompts_of([12, 30, 9, 7], seed=8)
+    kind = {"regex": "[a-f]{3}-([0-9]|xy){2,4}!"}
+    params = [
+        greedy(20),
+        SamplingParams(seed=1, max_tokens=30, guided_decoding=kind),
+        SamplingParams(seed=2, max_tokens=30, guided_decoding=kind, n=4, best_of=8, top_k=20),
+        SamplingParams(temperature=0, max_tokens=30, guided_decoding=kind, repetition_penalty=1.2, min_tokens=2),
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert outputs[0].outputs[0].token_ids == truth.greedy(prompts[0], 20)
+    for output in outputs[1:]:
+        assert all(re.fullmatch(kind["regex"], one.text) for one in output.outputs)
+    alone = [llm.generate(p, s) for p, s in zip(prompts, params, strict=True)]
+    assert [[o.text for o in a.outputs] for a in alone] == [[o.text for o in b.outputs] for b in outputs]
+    until(lambda: idle(llm))
+
+
+def test_scores_and_hidden_states_beside_generation(llm: LLM, truth: Truth) -> None:
+    [prompt, text, other] = prompts_of([12, 300, 21], seed=9)
+    running = llm.generate_async(prompt, greedy(60))
+    for _ in range(2):
+        [score] = llm.score([text[:200]], [text[200:]], use_tqdm=False)  # type: ignore[misc]
+        exact = truth.logprobs(text)[199:-1]
+        own = [row[t].item() for row, t in zip(exact, text[200:], strict=True)]
+        assert score.logprobs == pytest.approx(own, abs=1e-3)
+        with torch.no_grad():
+            states = [truth.model.base_model(torch.tensor([ids])).last_hidden_state[0] for ids in (text, other)]
+        for found, expected in zip(llm.encode([text, other], use_tqdm=False), states, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        mean = llm.embed([text, other], "mean", normalize=False, use_tqdm=False)
+        torch.testing.assert_close(mean, torch.stack([s.mean(0) for s in states]), atol=1e-3, rtol=1e-3)
+    assert running.result(60).outputs[0].token_ids == truth.greedy(prompt, 60)
     until(lambda: idle(llm))
 
 

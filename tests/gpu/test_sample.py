@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -189,6 +191,49 @@ def test_tokens_are_the_cpu_samplers(gpu: Gpu, vocab: int, n: int, dtype: torch.
     flips = compare(x, rows, expected, got, f"seed {seed}")
     assert flips <= 2, f"seed {seed}: {flips} of {n} rows differ within rounding"
     assert torch.equal(x, before)
+
+
+class Bits:
+    """A guide that allows what it was told to."""
+
+    def __init__(self, allowed: npt.NDArray[np.bool_]) -> None:
+        wide = np.zeros(-(-len(allowed) // 32) * 32, dtype=np.bool_)
+        wide[: len(allowed)] = allowed
+        self.bits = np.packbits(wide, bitorder="little").view(np.int32)
+
+
+def fill_bits(guides: Any, masks: npt.NDArray[np.int32]) -> None:
+    """In place of :func:`llmapi._runtime.guide.fill`."""
+    for row, guide in zip(masks, guides, strict=True):
+        row[:] = guide.bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("vocab", "n"), [(11, 100), (1000, 100), (5003, 50), (128_256, 20)])
+def test_masks(gpu: Gpu, vocab: int, n: int, dtype: torch.dtype, seed: int) -> None:
+    """Rows that follow a grammar beside others: with every setting and edit, what is not allowed never comes."""
+    rng, numbers = random.Random(seed), np.random.default_rng(seed)
+    x = noise(n, vocab, seed, dtype, gpu.device)
+    rows = random_rows(n, vocab, rng, edits=True)
+    allowed: dict[int, npt.NDArray[np.bool_]] = {}
+    for i, r in enumerate(rows):
+        if rng.random() < 0.7:
+            p = r.sequence.request.params
+            r.sequence.request.params = dataclasses.replace(p, guided_decoding={"regex": "."}, bad_words=None)
+            allowed[i] = numbers.random(vocab) < rng.choice([0.9, 0.3, 2 / vocab])
+            allowed[i][rng.randrange(vocab)] = True
+            r.sequence.guide = Bits(allowed[i])  # type: ignore[assignment]
+            r.sequence.request.stop_token_ids = frozenset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmapi._runtime.guide.fill", fill_bits)
+        patch.setattr("llmapi._runtime.sampler_cuda.fill", fill_bits)
+        expected = Sampler(vocab, Words())(x.cpu(), rows)
+        got = make(gpu, vocab, dtype)(x, rows)
+        flips = compare(x, rows, expected, got, f"seed {seed}")
+    assert flips <= 2, f"seed {seed}: {flips} of {n} rows differ within rounding"
+    for i, mask in allowed.items():
+        assert mask[got[i].token_ids[0]]
+    assert sum(mask.mean() < 0.5 for mask in allowed.values()) > 3
 
 
 @pytest.mark.parametrize("vocab", [32_000, 128_256])

@@ -238,8 +238,10 @@ template <typename Shared, typename V> DEVICE float row_max(Shared& s, const V& 
 //   row.edited [V]: the scratch
 //   row.penalized: whether counts shape the values, by row.repetition, row.presence and row.frequency
 //   row.edits, row.bans, row.edits_end: in the list of edits, [edits, bans) are added, [bans, edits_end) become -inf
+// mask: a bit for each token; the others become -inf before all else. Null: all are allowed.
 template <typename Row, typename Value>
-DEVICE void edit(const Row& row, const scalar_t* raw, int vocab, const Edit* edits, Value value) {
+DEVICE void edit(const Row& row, const scalar_t* raw, int vocab, const Edit* edits, Value value,
+                 const uint32_t* mask = nullptr) {
   auto penalize = [&](float x, int id) {
     int count = row.counts[id];
     if (row.repetition != 1.0f && count) x = x < 0 ? __fmul_rn(x, row.repetition) : __fdiv_rn(x, row.repetition);
@@ -255,7 +257,8 @@ DEVICE void edit(const Row& row, const scalar_t* raw, int vocab, const Edit* edi
     const int* counts = row.counts;
     view.each_vector(-INFINITY_F, [&](const uint4& raw, int id) {
       if (id >= vocab) return;
-      uint32_t any = 0;
+      uint32_t any = 0, allowed = mask ? mask[id >> 5] >> (id & 31) : 0xffffffffu;  // a vector lies in one word
+      auto masked = [&](int e) { return allowed >> e & 1 ? value(element<scalar_t>(raw, e)) : -INFINITY_F; };
       if (penalties) {
 #pragma unroll
         for (int e = 0; e < WIDTH; e += 4) {
@@ -265,16 +268,17 @@ DEVICE void edit(const Row& row, const scalar_t* raw, int vocab, const Edit* edi
       }
 #pragma unroll
       for (int e = 0; e < WIDTH; e += 4)
-        *reinterpret_cast<float4*>(edited + id + e) =
-            make_float4(value(element<scalar_t>(raw, e)), value(element<scalar_t>(raw, e + 1)),
-                        value(element<scalar_t>(raw, e + 2)), value(element<scalar_t>(raw, e + 3)));
+        *reinterpret_cast<float4*>(edited + id + e) = make_float4(masked(e), masked(e + 1), masked(e + 2), masked(e + 3));
       if (any) {
 #pragma unroll 1
         for (int e = 0; e < WIDTH; e++) edited[id + e] = penalize(edited[id + e], id + e);
       }
     });
   } else {
-    view.each_one([&](float x, int id) { row.edited[id] = penalties ? penalize(value(x), id) : value(x); });
+    view.each_one([&](float x, int id) {
+      x = mask && !(mask[id >> 5] >> (id & 31) & 1) ? -INFINITY_F : value(x);
+      row.edited[id] = penalties ? penalize(x, id) : x;
+    });
   }
   team_sync();
   if (!lists) return;

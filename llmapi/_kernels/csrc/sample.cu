@@ -40,7 +40,7 @@ struct alignas(16) Row {
   int edits, bans, edits_end;  // in the list of edits: [edits, bans) are added, [bans, edits_end) become -inf
   int logprobs;                // how many of the best are wanted; -1: no log probabilities
   int penalized;               // whether counts shape the logits
-  int unused[2];
+  const uint32_t* mask;        // a bit for each token that is allowed; null: all are
 };
 static_assert(sizeof(Row) == 112, "layout");
 
@@ -689,7 +689,7 @@ extern "C" __global__ void TEAM __launch_bounds__(THREADS, 2)
   const scalar_t* raw = logits + at * stride;
   int* reason = reasons ? reasons + at : nullptr;
   if (row.edited) {
-    edit(row, raw, vocab, edits, [](float x) { return x; });
+    edit(row, raw, vocab, edits, [](float x) { return x; }, row.mask);
     sample(s, View<float>(row.edited, vocab), row, raw, ids + at, reason);
   } else {
     sample(s, View<scalar_t>(raw, vocab), row, raw, ids + at, reason);
