@@ -1,0 +1,48 @@
+"""Plugins of full TensorRT around the project's own CUDA sources: what its native layers cannot do over a paged cache.
+
+Importing this imports no ``tensorrt``; a plugin is made known to it when a network first gets one.
+docs/kernels/plugins.md tells how a plugin's kernel is called and what it must keep to.
+"""
+
+from __future__ import annotations
+
+from llmapi._kernels.nvrtc import Unit
+from llmapi._kernels.plugins import add_rms_norm, paged_attention, rotary_kv_write
+from llmapi._kernels.plugins.add_rms_norm import add_add_rms_norm
+from llmapi._kernels.plugins.paged_attention import add_paged_attention
+from llmapi._kernels.plugins.plugin import Launch, Plugin
+from llmapi._kernels.plugins.pools import pool_addresses
+from llmapi._kernels.plugins.rotary_kv_write import add_rotary_kv_write
+
+PLUGINS: dict[str, Plugin] = {
+    plugin.name: plugin
+    for plugin in (
+        rotary_kv_write.ROTARY_KV_WRITE,
+        rotary_kv_write.KV_WRITE,
+        paged_attention.PAGED_ATTENTION,
+        paged_attention.PAGED_ATTENTION_BIASED,
+        add_rms_norm.ADD_RMS_NORM,
+    )
+}
+"""Every plugin by its name."""
+
+
+def units(dtype: str) -> list[Unit]:
+    """Specializations that together exercise every path of the sources.
+
+    Args:
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+    """
+    return [*rotary_kv_write.units(dtype), *paged_attention.units(dtype), *add_rms_norm.units(dtype)]
+
+
+__all__ = [
+    "PLUGINS",
+    "Launch",
+    "Plugin",
+    "add_add_rms_norm",
+    "add_paged_attention",
+    "add_rotary_kv_write",
+    "pool_addresses",
+    "units",
+]
