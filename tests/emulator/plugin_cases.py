@@ -18,15 +18,20 @@ LAYER = 1  # of the caches that are used; those before and after hold NaN
 
 
 def run(
-    gpu: EmulatedGpu, name: str, tensors: Sequence[torch.Tensor], attributes: Mapping[str, Any]
+    gpu: EmulatedGpu,
+    name: str,
+    tensors: Sequence[torch.Tensor],
+    attributes: Mapping[str, Any],
+    before: float = float("nan"),
 ) -> tuple[torch.Tensor, ...]:
-    """Outputs of a plugin, NaN before its kernel ran.
+    """Outputs of a plugin.
 
     Args:
         gpu: where.
         name: of the plugin.
         tensors: its inputs.
         attributes: its attributes, but for ``arch``.
+        before: what outputs hold before the kernel runs.
     """
     plugin = PLUGINS[name]
     dtypes = [str(t.dtype).removeprefix("torch.") for t in tensors]
@@ -34,7 +39,7 @@ def run(
     assert all(t.is_contiguous() for t in tensors)
     shapes = [tuple(t.shape) for t in tensors]
     launch = plugin.launch(model, shapes, attributes)
-    outputs = [torch.full(shape, float("nan"), dtype=tensors[0].dtype) for shape in plugin.outputs(shapes, attributes)]
+    outputs = [torch.full(shape, before, dtype=tensors[0].dtype) for shape in plugin.outputs(shapes, attributes)]
     signature = "p" * len(tensors) + "i" * len(launch.extras) + "p" * len(outputs)
     kernel = gpu.kernel(launch.unit, launch.entry, signature, shared=launch.shared)
     kernel(launch.grid, launch.block, *tensors, *launch.extras, *outputs, shared=launch.shared)
@@ -57,7 +62,7 @@ def with_margins(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 STEPS: dict[str, list[tuple[int, int]]] = {
     "mixed": [(1, 40), (1, 1), (63, 63), (64, 64), (1, 130), (33, 97), (2, 2), (1, 17)],
     "decode": [(1, n) for n in (300, 1, 15, 16, 17, 33, 64, 129)],
-    "prompts": [(130, 130), (16, 81)],
+    "prompts": [(130, 130), (16, 81), (300, 333)],
 }
 """(new tokens, all tokens) of each sequence."""
 
@@ -80,11 +85,38 @@ def attention(
             _check(gpu, step, f"{name} {variant}", step.options(**VARIANTS[variant]))
 
 
-def many_sequences(gpu: EmulatedGpu, count: int = 70, dtype: torch.dtype = torch.bfloat16) -> None:
-    """More sequences than lanes of a warp, some with no rows among them."""
-    lengths = [(i % 3, 3 + i * 5 % 40) for i in range(count)] + [(70, 75), (0, 9), (1, 4)]
-    step = Step(lengths, 0, 4, 2, 64, 16, dtype, SEED, device="cpu")
-    _check(gpu, step, f"{count} sequences", step.options())
+def many_sequences(gpu: EmulatedGpu) -> None:
+    """More sequences than lanes of a warp, some with no rows among them; more than lanes squared."""
+    some = [(i % 3, 3 + i * 5 % 40) for i in range(70)] + [(70, 75), (0, 9), (1, 4)]
+    many = [(i % 2, 1 + i % 3) for i in range(1100)]
+    for lengths in (some, many):
+        step = Step(lengths, 0, 2, 1, 64, 16, torch.bfloat16, SEED, device="cpu")
+        _check(gpu, step, f"{len(lengths)} sequences", step.options())
+
+
+def write_then_attend(gpu: EmulatedGpu, dtype: torch.dtype) -> None:
+    """Both plugins of a layer, the second fed by the first, as in a network."""
+    step = Step([(1, 40), (37, 50), (20, 20), (1, 1)], 0, 6, 2, 64, 16, dtype, SEED, padding=0, device="cpu")
+    tokens, starts = step.rows, step.starts.tolist()
+    generator = torch.Generator().manual_seed(SEED)
+    qkv = torch.randn(tokens, 10 * 64, generator=generator).to(dtype)
+    angles = torch.rand(tokens, 32, generator=generator) * 6.28
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    slots = torch.empty(tokens, dtype=torch.int32)
+    for i, (new, length) in enumerate(step.lengths):
+        for row in range(new):
+            at = length - new + row
+            slots[starts[i] + row] = int(step.tables[i, at // 16]) * 16 + at % 16
+    k, v = step.k.clone(), step.v.clone()
+    q = OPS["llmapi.rotary_kv_write.default"].reference(qkv, cos_sin, slots, k, v, False)
+    expected = paged_attention(q, k, v, step.tables, step.totals, step.starts, 0.125, 30, 0.0, None, None)
+    pools, _ = pools_of(step.k, step.v)
+    shape = {"layer": LAYER, "heads": 6, "kv_heads": 2, "head_dim": 64}
+    (q,) = run(gpu, "rotary_kv_write", [qkv, cos_sin, slots, pools], {**shape, "rotary_dim": 64, "interleaved": 0})
+    attributes = {**shape, "block_size": 16, "scale": 0.125, "window": 30, "softcap": 0.0}
+    (out,) = run(gpu, "paged_attention", [q, pools, step.tables, step.totals, step.starts], attributes)
+    error = relative_error(out, expected)
+    assert error <= PAGED_ATTENTION.tolerance[dtype], error
 
 
 def _check(gpu: EmulatedGpu, step: Step, label: str, options: list[Any]) -> None:
@@ -172,14 +204,11 @@ def no_guard(gpu: EmulatedGpu) -> None:
     wrong = torch.full((7,), 64, dtype=torch.int64)
     shape = {"layer": LAYER, "heads": 4, "kv_heads": 2, "head_dim": 64}
     nonsense = torch.full((70,), 1 << 30, dtype=torch.int32)
-    (q,) = run(gpu, "kv_write", [torch.randn(3, 512), nonsense[:3], wrong], shape)
+    (q,) = run(gpu, "kv_write", [torch.randn(3, 512), nonsense[:3], wrong], shape, before=0.0)
     assert q.isnan().all() and q.shape == (3, 4, 64)
     attributes = {**shape, "block_size": 16, "scale": 1.0, "window": 0, "softcap": 0.0}
     tensors = [torch.randn(70, 4, 64), wrong, nonsense[:6].view(2, 3), nonsense[:2], nonsense[:3]]
-    plugin = PLUGINS["paged_attention"].launch("float32", [t.shape for t in tensors], attributes)
-    out = torch.zeros(70, 4, 64)
-    kernel = gpu.kernel(plugin.unit, plugin.entry, "pppppiiiiiiip", shared=plugin.shared)
-    kernel(plugin.grid, plugin.block, *tensors, *plugin.extras, out, shared=plugin.shared)
+    (out,) = run(gpu, "paged_attention", tensors, attributes, before=0.0)
     assert out.isnan().all()
 
 

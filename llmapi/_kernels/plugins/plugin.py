@@ -132,7 +132,9 @@ class Plugin:
         Raises:
             BuildError: TensorRT is missing or too old.
         """
-        _define(self.id, self)
+        trt, trtp = tensorrt()
+        if not hasattr(getattr(trtp.op, NAMESPACE, None), self.name):
+            _define(self, trt, trtp)
 
 
 def float_bits(value: float) -> int:
@@ -186,10 +188,8 @@ def _dtype(trt: Any, dtype: Any) -> str:
 _ptx = functools.lru_cache(maxsize=64)(compile_ptx)
 
 
-@functools.cache
-def _define(plugin_id: str, plugin: Plugin) -> None:
+def _define(plugin: Plugin, trt: Any, trtp: Any) -> None:
     """Hand two functions to TensorRT: one for shapes and types, one for the kernel. It reads their signatures."""
-    trt, trtp = tensorrt()
     desc, count = trtp.TensorDesc, len(plugin.inputs)
 
     def checked(descs: Sequence[Any]) -> str:
@@ -217,8 +217,8 @@ def _define(plugin_id: str, plugin: Plugin) -> None:
     _sign(register, given, desc if plugin.output_count == 1 else outputs)
     kernel = GenericAlias(tuple, (code, code, trtp.KernelLaunchParams, trtp.SymExprs))
     _sign(aot_impl, {**given, "outputs": outputs, "tactic": int}, kernel)
-    trtp.register(plugin_id, lazy_register=True)(register)
-    trtp.aot_impl(plugin_id)(aot_impl)
+    trtp.register(plugin.id, lazy_register=True)(register)
+    trtp.aot_impl(plugin.id)(aot_impl)
 
 
 def _sign(function: Any, parameters: Mapping[str, Any], returns: Any) -> None:
