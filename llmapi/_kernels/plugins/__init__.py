@@ -6,7 +6,11 @@ docs/kernels/plugins.md tells how a plugin's kernel is called and what it must k
 
 from __future__ import annotations
 
-from llmapi._kernels.nvrtc import Unit
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from llmapi._kernels.nvrtc import Unit, source_text_digest, version
 from llmapi._kernels.plugins import add_rms_norm, paged_attention, rotary_kv_write
 from llmapi._kernels.plugins.add_rms_norm import add_add_rms_norm
 from llmapi._kernels.plugins.paged_attention import add_paged_attention
@@ -36,6 +40,20 @@ def units(dtype: str) -> list[Unit]:
     return [*rotary_kv_write.units(dtype), *paged_attention.units(dtype), *add_rms_norm.units(dtype)]
 
 
+def key_parts() -> Mapping[str, str]:
+    """What shapes the kernels that a plan carries, by name, beside the networks that use them.
+
+    Raises:
+        BuildError: there is no NVRTC.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(f"{path.name}\0{len(path.read_bytes())}\0".encode() + path.read_bytes())
+    for source in sorted({unit.source for unit in units("float32")}):
+        digest.update(source_text_digest(source).encode())
+    return {"plugins": digest.hexdigest(), "nvrtc": version()}
+
+
 __all__ = [
     "PLUGINS",
     "Launch",
@@ -43,6 +61,7 @@ __all__ = [
     "add_add_rms_norm",
     "add_paged_attention",
     "add_rotary_kv_write",
+    "key_parts",
     "pool_addresses",
     "units",
 ]

@@ -270,7 +270,7 @@ def test_mixed_types_and_ranks_are_refused() -> None:
     with network(T=64) as net, pytest.raises(BuildError, match="weight of the plugin llmapi::add_rms_norm is float32"):
         x, residual, weight = tensor("float16", "T", 64), tensor("float16", "T", 64), tensor("float32", 64)
         add_add_rms_norm(net, x, residual, weight, eps=1e-5, arch="sm_80", name="norm")
-    with network(T=64) as net, pytest.raises(BuildError, match="residual of .* has 3 dimensions, must have 2"):
+    with network(T=64) as net, pytest.raises(BuildError, match=r"residual of .* has 3 dimensions, must have 2"):
         x, residual, weight = tensor("float16", "T", 64), tensor("float16", "T", 1, 64), tensor("float16", 64)
         add_add_rms_norm(net, x, residual, weight, eps=1e-5, arch="sm_80", name="norm")
     with network(T=64) as net, pytest.raises(BuildError, match="its width must be constant"):

@@ -27,7 +27,7 @@ def test_plugins_through_the_bindings(tmp_path: Path) -> None:
         pytest.skip("TensorRT's bindings for Python are published for Linux")
     wrong = build.problem()
     assert wrong is None, wrong
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", str(DRIVEN)]
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", str(DRIVEN)]
     done = subprocess.run(command, capture_output=True, text=True, env=build.environment(tmp_path), timeout=600)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
