@@ -210,7 +210,7 @@ class Network:
         kernel, ptx = plugin.get_kernel(flat[: len(inputs)], flat[len(inputs) :])
         layer = Layer(
             "", inputs, outputs, kernel, ptx.decode(), {n: _expression(e) for n, e in vars(params).items()},
-            [extras[i].expression for i in range(len(extras))], plugin.attrs,
+            [extras[i].expression for i in range(len(extras))], {n: a[0] for n, a in plugin.attrs.items()},
         )  # fmt: skip
         self.layers.append(layer)
         return layer

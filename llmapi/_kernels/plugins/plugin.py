@@ -9,10 +9,13 @@ import functools
 import inspect
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import GenericAlias
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from llmapi._kernels.nvrtc import Unit, compile_ptx
 from llmapi.errors import BuildError
@@ -21,6 +24,9 @@ NAMESPACE = "llmapi"
 MOST_SHARED = 48 << 10
 """Bytes of shared memory of a block: TensorRT asks for no more than CUDA gives without being asked."""
 DTYPES = ("float32", "float16", "bfloat16")
+_ARRAYS: dict[type, Any] = {int: npt.NDArray[np.int64], float: npt.NDArray[np.float64]}
+"""For TensorRT, attributes are arrays of one element. Its version 10 fails at numbers with numpy 2.4, and repeats the
+first element of longer arrays and texts with numpy 2."""
 
 Dim = Any
 """An int, or TensorRT's ``ShapeExpr``, which knows ``+``, ``-``, ``*`` and ``//`` (with itself on the left)."""
@@ -120,7 +126,8 @@ class Plugin:
             )
         self.define()
         operator = getattr(getattr(trtp.op, NAMESPACE), self.name)
-        layer = network.add_plugin(operator(*tensors, **{key: attributes[key] for key in self.attributes}), aot=True)
+        arrays = {key: np.array([kind(attributes[key])]) for key, kind in self.attributes.items()}
+        layer = network.add_plugin(operator(*tensors, **arrays), aot=True)
         if layer is None:
             raise BuildError(f"TensorRT {trt.__version__} refuses the plugin {self.id} at {name}; its log says why")
         layer.name = name
@@ -198,13 +205,17 @@ def _define(plugin: Plugin, trt: Any, trtp: Any) -> None:
     def shapes(descs: Sequence[Any]) -> list[Shape]:
         return [[d.shape_expr[i] for i in range(d.ndim)] for d in descs]
 
-    def register(*args: Any, **attributes: Any) -> Any:
+    def numbers(arrays: Iterable[Any]) -> dict[str, int | float]:
+        return {key: kind(a[0]) for (key, kind), a in zip(plugin.attributes.items(), arrays, strict=True)}
+
+    def register(*args: Any, **arrays: Any) -> Any:
         checked(args)
-        found = [trtp.from_shape_expr(shape, args[0].dtype) for shape in plugin.outputs(shapes(args), attributes)]
+        dims = plugin.outputs(shapes(args), numbers(arrays[key] for key in plugin.attributes))
+        found = [trtp.from_shape_expr(shape, args[0].dtype) for shape in dims]
         return found[0] if plugin.output_count == 1 else tuple(found)
 
     def aot_impl(*args: Any) -> Any:
-        attributes = dict(zip(plugin.attributes, args[count:-2], strict=True))
+        attributes = numbers(args[count:-2])
         launch = plugin.launch(checked(args[:count]), shapes(args[:count]), attributes)
         params = trtp.KernelLaunchParams()
         params.grid_x, params.grid_y, params.grid_z = launch.grid
@@ -212,7 +223,7 @@ def _define(plugin: Plugin, trt: Any, trtp: Any) -> None:
         extras = trtp.SymIntExprs.from_tuple([trtp.SymInt32(extra) for extra in launch.extras])
         return launch.entry, _ptx(launch.unit, f"compute_{attributes['arch']}"), params, extras
 
-    given = dict.fromkeys(plugin.inputs, desc) | dict(plugin.attributes)
+    given = dict.fromkeys(plugin.inputs, desc) | {key: _ARRAYS[kind] for key, kind in plugin.attributes.items()}
     outputs, code = GenericAlias(tuple, (desc,) * plugin.output_count), str | bytes
     _sign(register, given, desc if plugin.output_count == 1 else outputs)
     kernel = GenericAlias(tuple, (code, code, trtp.KernelLaunchParams, trtp.SymExprs))

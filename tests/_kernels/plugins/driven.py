@@ -10,6 +10,7 @@ import re
 import struct
 from typing import Any
 
+import numpy as np
 import pytest
 import tensorrt as trt
 
@@ -221,7 +222,8 @@ def test_the_callbacks_refuse_another_type_themselves(monkeypatch: pytest.Monkey
     attributes |= {"interleaved": 0, "arch": 80}
     with network(T=16) as net:
         tensors = [tensor("float16", "T", 960), tensor("float16", "T", 64), tensor("int32", "T"), tensor("int64", 9)]
-        create = trt.plugin.op.llmapi.rotary_kv_write(*tensors, **attributes)
+        arrays = {key: np.array([value]) for key, value in attributes.items()}
+        create = trt.plugin.op.llmapi.rotary_kv_write(*tensors, **arrays)
         with pytest.raises(BuildError, match="cos_sin"):
             net.add_plugin(create, aot=True)
 

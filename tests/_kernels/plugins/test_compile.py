@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llmapi._device import HEAD_SIZES
 from llmapi._kernels import nvrtc, plugins
 from llmapi._kernels.nvrtc import ARCHITECTURES, Unit, compile_ptx
 from llmapi._kernels.plugins.plugin import MOST_SHARED, compute_capability
@@ -65,6 +66,24 @@ def test_decoding_keeps_as_many_tiles_in_flight_as_fit() -> None:
                 tile = 32 * 16 * (of["LLM_HEAD_DIM"] * size // 16 | 1)
                 assert of["LLM_WARPS"] * of["STAGES"] * tile <= of["SHARED"], unit.label
                 assert of["LLM_WARPS"] * (of["STAGES"] + 1) * tile > MOST_SHARED - 64, unit.label
+
+
+def test_the_pages_table_of_layouts_is_that_of_the_code() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "kernels" / "plugins.md").read_text()
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")]
+    table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    sizes = [int(cell) for cell in table["head size, 16 bits"]]
+    assert tuple(sizes) == HEAD_SIZES
+    for i, head_dim in enumerate(sizes):
+        attributes = {**SHAPE_AND_SCORES, "heads": 8, "kv_heads": 2, "head_dim": head_dim}
+        shapes = [(7, 8, head_dim), (9,), (3, 5), (3,), (4,)]
+        launch = plugins.PLUGINS["paged_attention"].launch("bfloat16", shapes, attributes)
+        of = dict(launch.unit.defines)
+        warps, rows_of = int(of["LLM_WARPS"]), 16 * int(of["LLM_ROW_TILES"]) * int(of["LLM_WARPS"])
+        assert table["warps"][i] == str(warps) and launch.block == 32 * warps
+        assert table["query rows of a tile"][i] == str(rows_of) and table["keys of a tile"][i] == of["LLM_KEYS"]
+        assert table["tiles in flight, a warp"][i] == of["STAGES"]
+        assert table["shared memory, KiB"][i] == f"{launch.shared / 1024:g}"
 
 
 def test_the_guard_is_the_kernels() -> None:
