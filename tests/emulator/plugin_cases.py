@@ -39,7 +39,9 @@ def run(
     assert all(t.is_contiguous() for t in tensors)
     shapes = [tuple(t.shape) for t in tensors]
     launch = plugin.launch(model, shapes, attributes)
-    outputs = [torch.full(shape, before, dtype=tensors[0].dtype) for shape in plugin.outputs(shapes, attributes)]
+    types = [tensors[0].dtype if kind == "model" else getattr(torch, kind) for kind in plugin.output_types]
+    found = zip(plugin.outputs(shapes, attributes), types, strict=True)
+    outputs = [torch.full(shape, before, dtype=dtype) for shape, dtype in found]
     signature = "p" * len(tensors) + "i" * len(launch.extras) + "p" * len(outputs)
     kernel = gpu.kernel(launch.unit, launch.entry, signature, shared=launch.shared)
     kernel(launch.grid, launch.block, *tensors, *launch.extras, *outputs, shared=launch.shared)
@@ -76,13 +78,14 @@ def attention(
     block_size: int,
     steps: Sequence[str] = tuple(STEPS),
     variants: Sequence[str] = tuple(VARIANTS),
+    parts: int = 1,
 ) -> None:
     """All variants over ragged steps with rows and sequences of no meaning at the end."""
     for name in steps:
         lengths = STEPS[name]
         step = Step(lengths, 0, heads, kv_heads, head_dim, block_size, dtype, SEED, idle_rows=4, device="cpu")
         for variant in variants:
-            _check(gpu, step, f"{name} {variant}", step.options(**VARIANTS[variant]))
+            _check(gpu, step, f"{name} {variant}", step.options(**VARIANTS[variant]), parts)
 
 
 def many_sequences(gpu: EmulatedGpu) -> None:
@@ -119,7 +122,7 @@ def write_then_attend(gpu: EmulatedGpu, dtype: torch.dtype) -> None:
     assert error <= PAGED_ATTENTION.tolerance[dtype], error
 
 
-def _check(gpu: EmulatedGpu, step: Step, label: str, options: list[Any]) -> None:
+def _check(gpu: EmulatedGpu, step: Step, label: str, options: list[Any], parts: int = 1) -> None:
     scale, window, softcap, slopes, sinks = options
     q = step.q.contiguous()
     pools, _ = pools_of(step.k, step.v)
@@ -128,12 +131,27 @@ def _check(gpu: EmulatedGpu, step: Step, label: str, options: list[Any]) -> None
     attributes |= {"block_size": step.block_size, "scale": scale, "window": window, "softcap": softcap}
     tensors = [q, pools, step.tables, step.totals, step.starts]
     plugin = "paged_attention"
+    if parts > 1:
+        plugin += "_parts"
+        attributes |= {"parts": parts}
     vectors = [v for v in (slopes, sinks) if v is not None]
     if vectors:
         plugin += "_biased"
         tensors += [vectors[0], vectors[-1]]
         attributes |= {"alibi": int(slopes is not None), "sinks": int(sinks is not None)}
-    (out,) = run(gpu, plugin, tensors, attributes)
+    if parts == 1:
+        (out,) = run(gpu, plugin, tensors, attributes)
+        _compare(step, q, out, label, options)
+        return
+    more = [] if sinks is None else [sinks]
+    join = "join_parts_sinks" if more else "join_parts"
+    for before in (float("nan"), 3.0):  # NaN in place of a sum would pass for the mark of a row that is not in parts
+        left = run(gpu, plugin, tensors, attributes, before)
+        (out,) = run(gpu, join, [*left, *more], {"heads": step.heads, "head_dim": head_dim})
+        _compare(step, q, out, f"{label} {before}", options)
+
+
+def _compare(step: Step, q: torch.Tensor, out: torch.Tensor, label: str, options: list[Any]) -> None:
     live, starts = len(step.lengths), step.starts.tolist()
     expected = paged_attention(q, step.k, step.v, step.tables, step.totals[:live], step.starts[: live + 1], *options)
     for i in range(live):
@@ -209,6 +227,9 @@ def no_guard(gpu: EmulatedGpu) -> None:
     attributes = {**shape, "block_size": 16, "scale": 1.0, "window": 0, "softcap": 0.0}
     tensors = [torch.randn(70, 4, 64), wrong, nonsense[:6].view(2, 3), nonsense[:2], nonsense[:3]]
     (out,) = run(gpu, "paged_attention", tensors, attributes, before=0.0)
+    assert out.isnan().all()
+    left = run(gpu, "paged_attention_parts", tensors, {**attributes, "parts": 200}, before=0.0)
+    (out,) = run(gpu, "join_parts", left, {"heads": 4, "head_dim": 64})
     assert out.isnan().all()
 
 

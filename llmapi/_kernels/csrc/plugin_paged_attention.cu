@@ -7,6 +7,10 @@
 // LLM_HEAD_DIM, LLM_WARPS, LLM_KEYS, LLM_ROW_TILES: see context_attention.cu; GROUP, KV_HEADS, BLOCK_SHIFT, STAGES: see
 // decode_attention.cu. ALIBI, SINKS: whether the model has them; with either of them there are both parameters.
 // SHARED: bytes of dynamic shared memory. Grid: x, query tiles, at least as many as there are; y, query heads.
+//
+// PARTS: the keys of a sequence with one new token are divided over the grid's z. Each part's sum of values goes to
+// `parts` [z, tokens, heads, D], its largest logit (in units of log2) and sum of weights to `sums` [z, tokens, heads, 2],
+// for plugin_join_parts.cu. Other rows go to `out` as without, and their first sum of weights is -1.
 #include "plugin.cuh"
 #include "context_attention_tile.cuh"
 
@@ -53,13 +57,20 @@ DEVICE bool find_tile(const int* query_start, int batch, int index, Spot& spot) 
 }
 
 // The one new token of a sequence, in row `row`: the queries of pass `unit` % PASSES of key head `unit` / PASSES.
-DEVICE void attend_token(const Attention& of, const int* seq_lens, int sequence, int row, int unit, char* shared) {
+// `parts` and `sums` are this part's.
+DEVICE void attend_token(const Attention& of, const int* seq_lens, int sequence, int row, int unit, char* shared,
+                         float* parts, float2* sums) {
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   int pass = unit % PASSES, key_head = unit / PASSES;
   int head = key_head * GROUP + pass * PASS, rows = PASSES == 1 ? GROUP : min(PASS, GROUP - pass * PASS);
   Work work = {seq_lens, nullptr, sequence + 1, of.window, 1, false};
   Piece piece;
   measure(work, sequence, piece);
+#if PARTS
+  int each = CEIL_DIV(piece.tiles, (int)gridDim.z), from = blockIdx.z * each;
+  piece.first_tile += from;
+  piece.tiles = min(each, piece.tiles - from);
+#endif
   State state;
   Queries queries;
   float slopes[SLOTS];
@@ -103,9 +114,18 @@ DEVICE void attend_token(const Attention& of, const int* seq_lens, int sequence,
   gather(state, reinterpret_cast<float*>(shared), warp, 0);
   if (warp == 0) {
     float factor[SLOTS];
+    int64_t at = (int64_t)row * (KV_HEADS * GROUP) + head;
+#if PARTS
+#pragma unroll
+    for (int s = 0; s < SLOTS; s++) {
+      factor[s] = 1.0f;
+      if (row_of(s) < rows) sums[at + row_of(s)] = make_float2(state.most[s], state.sum[s]);
+    }
+    write_rows<float>(state, factor, rows, [&](int r) { return parts + (at + r) * HEAD_DIM; });
+#else
     finish(state, SINKS ? of.sinks + head : nullptr, rows, factor);
-    scalar_t* result = of.out + row * of.q_stride + head * HEAD_DIM;
-    write_rows<scalar_t>(state, factor, rows, [&](int r) { return result + r * HEAD_DIM; });
+    write_rows<scalar_t>(state, factor, rows, [&](int r) { return of.out + (at + r) * HEAD_DIM; });
+#endif
   }
 }
 
@@ -117,18 +137,38 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                            const float* __restrict__ alibi_slopes, const float* __restrict__ sinks,
 #endif
                            int layer, int scale, int window, int softcap, int tokens, int batch, int table_stride,
-                           scalar_t* __restrict__ out) {
+                           scalar_t* __restrict__ out
+#if PARTS
+                           , float* __restrict__ parts, float* __restrict__ part_sums
+#endif
+    ) {
   extern __shared__ uint4 dynamic[];
   constexpr int HEADS = KV_HEADS * GROUP;
   int head = blockIdx.y;
-  auto row_at = [&](int row) { return out + ((int64_t)row * HEADS + head) * D; };
+#if PARTS
+  float2* sums = reinterpret_cast<float2*>(part_sums);
+  bool first_part = blockIdx.z == 0;
+  auto whole = [&](int row) {  // this head of the row is in `out`
+    if (threadIdx.x == 0) sums[(int64_t)row * HEADS + head] = make_float2(0.0f, -1.0f);
+  };
+#else
+  float *parts = nullptr;
+  float2* sums = nullptr;
+  constexpr bool first_part = true;
+  auto whole = [](int) {};
+#endif
+  auto fill_row = [&](int row, float value) {
+    if (!first_part) return;
+    fill(out + ((int64_t)row * HEADS + head) * D, D, value);
+    whole(row);
+  };
   scalar_t *keys, *values;
   if (!find_caches(pools, layer, keys, values)) {
-    for (int row = blockIdx.x; row < tokens; row += gridDim.x) fill(row_at(row), D, NOT_A_NUMBER);
+    for (int row = blockIdx.x; row < tokens; row += gridDim.x) fill_row(row, NOT_A_NUMBER);
     return;
   }
   // Rows that belong to no sequence.
-  for (int row = query_start[batch] + blockIdx.x; row < tokens; row += gridDim.x) fill(row_at(row), D, 0.0f);
+  for (int row = query_start[batch] + blockIdx.x; row < tokens; row += gridDim.x) fill_row(row, 0.0f);
 
   Spot spot;
   if (!find_tile(query_start, batch, blockIdx.x, spot)) return;
@@ -143,12 +183,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   int begin = query_start[spot.sequence], count = query_start[spot.sequence + 1] - begin;
   int length = seq_lens[spot.sequence], first = spot.tile * BM;
   if (length < count) {  // of no meaning: a sequence's new tokens are among its tokens
-    for (int row = begin + first; row < begin + min(first + BM, count); row++) fill(row_at(row), D, 0.0f);
+    for (int row = begin + first; row < begin + min(first + BM, count); row++) fill_row(row, 0.0f);
   } else if (count == 1) {
+    int64_t part = (int64_t)blockIdx.z * tokens * HEADS;
     if (head < KV_HEADS * PASSES)
-      attend_token(of, seq_lens, spot.sequence, begin, head, reinterpret_cast<char*>(dynamic));
-  } else {
+      attend_token(of, seq_lens, spot.sequence, begin, head, reinterpret_cast<char*>(dynamic), parts + part * D,
+                   sums + part);
+  } else if (first_part) {
     Item item = {spot.sequence, head, begin + first, min(BM, count - first), length - count + first, 0, 1, 1};
     attend_tile(item, of, dynamic);
+    for (int row = 0; row < item.rows; row++) whole(item.row + row);
   }
 }

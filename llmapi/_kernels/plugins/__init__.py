@@ -25,6 +25,10 @@ PLUGINS: dict[str, Plugin] = {
         rotary_kv_write.KV_WRITE,
         paged_attention.PAGED_ATTENTION,
         paged_attention.PAGED_ATTENTION_BIASED,
+        paged_attention.PAGED_PARTS,
+        paged_attention.PAGED_PARTS_BIASED,
+        paged_attention.JOIN_PARTS,
+        paged_attention.JOIN_PARTS_SINKS,
         add_rms_norm.ADD_RMS_NORM,
     )
 }

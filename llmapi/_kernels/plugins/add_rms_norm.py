@@ -66,5 +66,5 @@ ADD_RMS_NORM = Plugin(
     attributes={"width": int, "eps": float, "arch": int},
     outputs=_outputs,
     launch=_launch,
-    output_count=2,
+    output_types=("model", "model"),
 )

@@ -25,6 +25,7 @@ from llmapi._kernels.plugins.plugin import (
 from llmapi.errors import BuildError
 
 _MOST_STAGES = 4
+_MOST_PARTS = 1024
 _SPARE = 64  # bytes of shared memory that are not given away
 
 
@@ -46,6 +47,7 @@ def add_paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Any | None = None,
     sinks: Any | None = None,
+    parts: int = 1,
     arch: str,
     name: str,
 ) -> Any:
@@ -61,6 +63,9 @@ def add_paged_attention(
         heads, kv_heads, head_dim, block_size: the attention's shape.
         scale, window, softcap: see the operator.
         alibi_slopes, sinks: ``[H]`` float32, or None.
+        parts: into how many the keys of a lone decoding sequence are divided, so that they are read by as many blocks
+            for each key head; with more tokens in a step into so much fewer. 1: not divided, and one kernel; more cost
+            a second kernel and ``max(parts, T) * H * D`` floats of memory.
         arch: what the kernel is compiled for, such as ``"sm_89"``; newer GPUs run it, too.
         name: of the layer.
 
@@ -85,12 +90,21 @@ def add_paged_attention(
         "softcap": float(softcap),
         "arch": compute_capability(arch),
     }
-    plugin, vectors = PAGED_ATTENTION, [v for v in (alibi_slopes, sinks) if v is not None]
+    if not 1 <= parts <= _MOST_PARTS:
+        raise BuildError(f"the keys of a sequence are divided into 1 to {_MOST_PARTS} parts, not {parts}")
+    vectors = [v for v in (alibi_slopes, sinks) if v is not None]
     if vectors:
-        plugin = PAGED_ATTENTION_BIASED
         tensors += [vectors[0], vectors[-1]]  # the kernel reads only what the model has
         attributes |= {"alibi": int(alibi_slopes is not None), "sinks": int(sinks is not None)}
-    return plugin.add(network, tensors, name, **attributes)[0]
+    if parts == 1:
+        plugin = PAGED_ATTENTION_BIASED if vectors else PAGED_ATTENTION
+        return plugin.add(network, tensors, name, **attributes)[0]
+    plugin = PAGED_PARTS_BIASED if vectors else PAGED_PARTS
+    left = plugin.add(network, tensors, f"{name}.parts", **attributes, parts=parts)
+    joined = {key: attributes[key] for key in ("heads", "head_dim", "arch")}
+    if sinks is None:
+        return JOIN_PARTS.add(network, left, name, **joined)[0]
+    return JOIN_PARTS_SINKS.add(network, (*left, sinks), name, **joined)[0]
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,7 @@ def _unit(dtype: str, attributes: Mapping[str, Any]) -> Unit:
         SHARED=layout.shared,
         ALIBI=attributes.get("alibi", 0),
         SINKS=attributes.get("sinks", 0),
+        PARTS=int("parts" in attributes),
         **layout.tiles.defines,
     )
 
@@ -145,7 +160,13 @@ def units(dtype: str) -> list[Unit]:
         attributes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         attributes |= {"block_size": BLOCK_SIZES[i % len(BLOCK_SIZES)], "alibi": i & 1, "sinks": i >> 1 & 1}
         found.append(_unit(dtype, attributes))
-    return found
+        if head_dim in (80, 128):
+            found.append(_unit(dtype, {**attributes, "parts": 8}))
+    return [*found, *(_join_unit(dtype, 128, sinks) for sinks in (0, 1))]
+
+
+def _join_unit(dtype: str, head_dim: int, sinks: int) -> Unit:
+    return Unit.of("plugin_join_parts.cu", LLM_DTYPE=DTYPE_MACRO[dtype], HEAD_DIM=head_dim, SINKS=sinks)
 
 
 def _launch(dtype: str, shapes: Sequence[Shape], attributes: Mapping[str, Any]) -> Launch:
@@ -155,7 +176,8 @@ def _launch(dtype: str, shapes: Sequence[Shape], attributes: Mapping[str, Any]) 
     return Launch(
         unit=_unit(dtype, attributes),
         entry="plugin_paged_attention",
-        grid=((tokens + batch * (rows - 1)) // rows, heads, 1),  # each sequence's last tile may lack all rows but one
+        # Each sequence's last tile may lack all rows but one.
+        grid=((tokens + batch * (rows - 1)) // rows, heads, _part_count(tokens, attributes)),
         block=layout.tiles.threads,
         shared=layout.shared,
         extras=(
@@ -170,8 +192,32 @@ def _launch(dtype: str, shapes: Sequence[Shape], attributes: Mapping[str, Any]) 
     )
 
 
+def _part_count(tokens: Dim, attributes: Mapping[str, Any]) -> Dim:
+    """Parts that the keys of a decoding sequence are divided into, in a step of so many tokens."""
+    parts = attributes.get("parts", 1)
+    return 1 if parts == 1 else (tokens + (parts - 1)) // tokens
+
+
 def _outputs(shapes: Sequence[Shape], attributes: Mapping[str, Any]) -> tuple[tuple[Dim, ...], ...]:
     return ((shapes[0][0], attributes["heads"], attributes["head_dim"]),)
+
+
+def _parts_outputs(shapes: Sequence[Shape], attributes: Mapping[str, Any]) -> tuple[tuple[Dim, ...], ...]:
+    (whole,) = _outputs(shapes, attributes)
+    count = _part_count(whole[0], attributes)
+    return whole, (count, *whole), (count, *whole[:2], 2)
+
+
+def _join_launch(dtype: str, shapes: Sequence[Shape], attributes: Mapping[str, Any]) -> Launch:
+    head_dim = attributes["head_dim"]
+    return Launch(
+        unit=_join_unit(dtype, head_dim, int(len(shapes) == 4)),
+        entry="plugin_join_parts",
+        grid=(shapes[0][0], attributes["heads"], 1),
+        block=head_dim + 31 & ~31,
+        shared=0,
+        extras=(shapes[1][0],),
+    )
 
 
 _INPUTS: dict[str, tuple[str, int | None]] = {
@@ -181,6 +227,8 @@ _INPUTS: dict[str, tuple[str, int | None]] = {
     "seq_lens": ("int32", 1),
     "query_start": ("int32", 1),
 }
+_BIASES: dict[str, tuple[str, int | None]] = {"alibi_slopes": ("float32", 1), "sink_logits": ("float32", 1)}
+_PARTS: dict[str, tuple[str, int | None]] = {"whole": ("model", 3), "parts": ("float32", 4), "sums": ("float32", 4)}
 _ATTRIBUTES: dict[str, type] = {
     **dict.fromkeys(("layer", "heads", "kv_heads", "head_dim", "block_size"), int),
     "scale": float,
@@ -196,8 +244,38 @@ PAGED_ATTENTION = Plugin(
 )
 PAGED_ATTENTION_BIASED = Plugin(
     name="paged_attention_biased",
-    inputs={**_INPUTS, "alibi_slopes": ("float32", 1), "sink_logits": ("float32", 1)},
+    inputs={**_INPUTS, **_BIASES},
     attributes={**_ATTRIBUTES, "alibi": int, "sinks": int, "arch": int},
     outputs=_outputs,
     launch=_launch,
+)
+PAGED_PARTS = Plugin(
+    name="paged_attention_parts",
+    inputs=_INPUTS,
+    attributes={**_ATTRIBUTES, "parts": int, "arch": int},
+    outputs=_parts_outputs,
+    launch=_launch,
+    output_types=("model", "float32", "float32"),
+)
+PAGED_PARTS_BIASED = Plugin(
+    name="paged_attention_parts_biased",
+    inputs={**_INPUTS, **_BIASES},
+    attributes={**_ATTRIBUTES, "alibi": int, "sinks": int, "parts": int, "arch": int},
+    outputs=_parts_outputs,
+    launch=_launch,
+    output_types=("model", "float32", "float32"),
+)
+JOIN_PARTS = Plugin(
+    name="join_parts",
+    inputs=_PARTS,
+    attributes={"heads": int, "head_dim": int, "arch": int},
+    outputs=_outputs,
+    launch=_join_launch,
+)
+JOIN_PARTS_SINKS = Plugin(
+    name="join_parts_sinks",
+    inputs={**_PARTS, "sink_logits": ("float32", 1)},
+    attributes={"heads": int, "head_dim": int, "arch": int},
+    outputs=_outputs,
+    launch=_join_launch,
 )

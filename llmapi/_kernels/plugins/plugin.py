@@ -66,7 +66,7 @@ class Plugin:
             is compiled for; newer GPUs run it, too.
         outputs: shapes of the outputs, of the shapes of inputs and the attributes.
         launch: the launch, of the model's element type, the shapes of inputs and the attributes.
-        output_count: number of outputs.
+        output_types: element types of the outputs, as of inputs.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Plugin:
     attributes: Mapping[str, type]
     outputs: Callable[[Sequence[Shape], Mapping[str, Any]], tuple[tuple[Dim, ...], ...]]
     launch: Callable[[str, Sequence[Shape], Mapping[str, Any]], Launch]
-    output_count: int = 1
+    output_types: tuple[str, ...] = ("model",)
 
     @property
     def id(self) -> str:
@@ -131,7 +131,7 @@ class Plugin:
         if layer is None:
             raise BuildError(f"TensorRT {trt.__version__} refuses the plugin {self.id} at {name}; its log says why")
         layer.name = name
-        return tuple(layer.get_output(i) for i in range(self.output_count))
+        return tuple(layer.get_output(i) for i in range(len(self.output_types)))
 
     def define(self) -> None:
         """Make the plugin known to the ``tensorrt`` at hand; once in a process.
@@ -209,10 +209,11 @@ def _define(plugin: Plugin, trt: Any, trtp: Any) -> None:
         return {key: kind(a[0]) for (key, kind), a in zip(plugin.attributes.items(), arrays, strict=True)}
 
     def register(*args: Any, **arrays: Any) -> Any:
-        checked(args)
+        model = checked(args)
         dims = plugin.outputs(shapes(args), numbers(arrays[key] for key in plugin.attributes))
-        found = [trtp.from_shape_expr(shape, args[0].dtype) for shape in dims]
-        return found[0] if plugin.output_count == 1 else tuple(found)
+        types = [getattr(trt, model if kind == "model" else kind) for kind in plugin.output_types]
+        found = [trtp.from_shape_expr(shape, dtype) for shape, dtype in zip(dims, types, strict=True)]
+        return found[0] if len(found) == 1 else tuple(found)
 
     def aot_impl(*args: Any) -> Any:
         attributes = numbers(args[count:-2])
@@ -224,8 +225,8 @@ def _define(plugin: Plugin, trt: Any, trtp: Any) -> None:
         return launch.entry, _ptx(launch.unit, f"compute_{attributes['arch']}"), params, extras
 
     given = dict.fromkeys(plugin.inputs, desc) | {key: _ARRAYS[kind] for key, kind in plugin.attributes.items()}
-    outputs, code = GenericAlias(tuple, (desc,) * plugin.output_count), str | bytes
-    _sign(register, given, desc if plugin.output_count == 1 else outputs)
+    outputs, code = GenericAlias(tuple, (desc,) * len(plugin.output_types)), str | bytes
+    _sign(register, given, desc if len(plugin.output_types) == 1 else outputs)
     kernel = GenericAlias(tuple, (code, code, trtp.KernelLaunchParams, trtp.SymExprs))
     _sign(aot_impl, {**given, "outputs": outputs, "tactic": int}, kernel)
     trtp.register(plugin.id, lazy_register=True)(register)

@@ -154,6 +154,30 @@ def test_paged_attention_with_biases(dtype: str, alibi: bool, sinks: bool) -> No
     assert ".target sm_90" in layer.ptx
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_paged_attention_in_parts(dtype: str, sinks: bool) -> None:
+    """A plugin that leaves parts, and one that joins them; in steps of many tokens there is one part."""
+    logits = tensor("float32", 8)
+    with network(T=4, B=4, M=33, **{"B+1": 5}) as net:
+        out = add_paged_attention(
+            net, *step(net, dtype, 8, 128), layer=2, heads=8, kv_heads=2, head_dim=128, block_size=16, scale=1.0,
+            sinks=logits if sinks else None, parts=16, arch="sm_80", name="attn",
+        )  # fmt: skip
+    parts, join = net.layers
+    check(parts, "attn.parts", 7 if sinks else 5, 3)
+    check(join, "attn", 4 if sinks else 3, 1)
+    assert [id(t) for t in join.inputs] == [id(t) for t in (*parts.outputs, *([logits] if sinks else []))]
+    assert [t.dtype for t in parts.outputs] == [getattr(trt, dtype), trt.float32, trt.float32]
+    for tokens, count in ((1, 16), (2, 8), (3, 6), (16, 1), (17, 1), (2048, 1)):
+        sizes = with_more({"T": tokens, "B": tokens, "M": 33})
+        shapes = [(tokens, 8, 128), (count, tokens, 8, 128), (count, tokens, 8, 2)]
+        assert [t.size(sizes) for t in parts.outputs] == shapes and out.size(sizes) == shapes[0]
+        assert parts.grid(sizes) == (tokens, 8, count) and join.grid(sizes) == (tokens, 8, 1)
+        assert extras(join, sizes) == [count]
+        assert extras(parts, sizes) == [2, bits(1.0), 0, bits(0.0), tokens, tokens, 33]
+
+
 def test_layers_share_their_ptx() -> None:
     """What differs between layers of a model is passed as extras."""
     with network(T=64, B=64, M=33, **{"B+1": 65}) as net:
@@ -254,6 +278,7 @@ def attention(dtype: str = "float16", **changes: Any) -> None:
         ({"head_dim": 72}, "head sizes"),
         ({"block_size": 24}, "blocks of"),
         ({"kv_heads": 3}, "a whole number of them"),
+        ({"parts": 0}, "divided into 1 to 1024 parts, not 0"),
         ({"heads": 4}, "q at here has the shape (-1, 8, 64), must be [tokens, 4, 64]"),
         (
             {"alibi_slopes": tensor("float16", 8)},

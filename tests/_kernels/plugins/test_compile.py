@@ -22,6 +22,14 @@ CALLS: list[tuple[str, Sequence[tuple[int, ...]], Mapping[str, Any]]] = [
     ("kv_write", [(7, 960), (7,), (9,)], {}),
     ("paged_attention", [(7, 9, 64), (9,), (3, 5), (3,), (4,)], {}),
     ("paged_attention_biased", [(7, 9, 64), (9,), (3, 5), (3,), (4,), (9,), (9,)], {"alibi": 1, "sinks": 1}),
+    ("paged_attention_parts", [(7, 9, 64), (9,), (3, 5), (3,), (4,)], {"parts": 16}),
+    (
+        "paged_attention_parts_biased",
+        [(7, 9, 64), (9,), (3, 5), (3,), (4,), (9,), (9,)],
+        {"alibi": 0, "sinks": 1, "parts": 16},
+    ),
+    ("join_parts", [(7, 9, 64), (3, 7, 9, 64), (3, 7, 9, 2)], {}),
+    ("join_parts_sinks", [(7, 9, 64), (3, 7, 9, 64), (3, 7, 9, 2), (9,)], {}),
     ("add_rms_norm", [(7, 960), (7, 960), (960,)], {"width": 960, "eps": 1e-6}),
 ]
 SHAPE = {"layer": 0, "heads": 9, "kv_heads": 3, "head_dim": 64, "block_size": 16}
@@ -51,10 +59,14 @@ def test_parameters_are_inputs_extras_and_outputs(
     ptx = compile_ptx(launch.unit, "compute_80").decode()
     found = re.search(rf"\.entry\s+{launch.entry}\s*\((.*?)\)", ptx, re.DOTALL)
     assert found
-    wanted = ["u64"] * len(plugin.inputs) + ["u32"] * len(launch.extras) + ["u64"] * plugin.output_count
+    wanted = ["u64"] * len(plugin.inputs) + ["u32"] * len(launch.extras) + ["u64"] * len(plugin.output_types)
     assert re.findall(r"\.param\s+\.(\w+)", found[1]) == wanted
-    assert len(plugin.outputs(shapes, attributes)) == plugin.output_count
+    assert len(plugin.outputs(shapes, attributes)) == len(plugin.output_types)
     assert {"arch"} < set(plugin.attributes) and set(plugin.attributes) <= {*attributes, "arch"}
+
+
+def test_every_plugin_is_called() -> None:
+    assert [name for name, _, _ in CALLS] == list(plugins.PLUGINS)
 
 
 def test_decoding_keeps_as_many_tiles_in_flight_as_fit() -> None:

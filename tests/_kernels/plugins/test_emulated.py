@@ -46,6 +46,14 @@ def test_head_sizes(gpu: EmulatedGpu, head_dim: int, heads: int, kv_heads: int) 
         cases.attention(gpu, dtype, heads, kv_heads, head_dim, 16, steps, ["plain", "all"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_in_parts(gpu: EmulatedGpu, dtype: torch.dtype) -> None:
+    """Into more parts than a sequence has tiles, into a few, and into one."""
+    for parts in (150, 40, 2):
+        cases.attention(gpu, dtype, 4, 2, 64, 16, ["mixed", "decode"], parts=parts)
+    cases.attention(gpu, dtype, 20, 1, 80, 8, ["decode"], ["plain", "all"], parts=60)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_attention_on_turing(kernel_folder: Path, head_dim: int) -> None:
     """Without cp.async, and with the matrix instructions of half the depth."""

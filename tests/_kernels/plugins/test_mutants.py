@@ -27,10 +27,15 @@ def passes(gpu: EmulatedGpu) -> None:
     cases.attention(gpu, torch.bfloat16, 48, 1, 64, 16, ["decode"], ["all"])
 
 
+def parts(gpu: EmulatedGpu) -> None:
+    cases.attention(gpu, torch.bfloat16, 4, 2, 64, 16, ["mixed", "decode"], ["plain", "all"], parts=40)
+
+
 CHECKS: dict[str, Callable[[EmulatedGpu], None]] = {
     "decode": decode,
     "mixed": mixed,
     "passes": passes,
+    "parts": parts,
     "many": cases.many_sequences,
     "impossible": cases.impossible_lengths,
     "no guard": cases.no_guard,
@@ -38,7 +43,8 @@ CHECKS: dict[str, Callable[[EmulatedGpu], None]] = {
     "norm": lambda gpu: cases.add_rms_norm(gpu, torch.float32),
 }
 
-ATTENTION, WRITE, NORM = "plugin_paged_attention.cu", "plugin_rotary_kv_write.cu", "plugin_add_rms_norm.cu"
+ATTENTION, JOIN = "plugin_paged_attention.cu", "plugin_join_parts.cu"
+WRITE, NORM = "plugin_rotary_kv_write.cu", "plugin_add_rms_norm.cu"
 MUTANTS: list[tuple[str, str, str, str]] = [
     # file, what it says, what it is to say (everywhere), who is to notice
     ("plugin.cuh", "pools[1 + 2 * layer]", "pools[1 + layer]", "write"),
@@ -75,12 +81,26 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     (ATTENTION, "close_sums(state);", "", "decode"),
     (ATTENTION, "if (WARPS > 1) __syncthreads();", "", "decode"),
     (ATTENTION, "int row = query_start[batch] + blockIdx.x", "int row = query_start[batch] + blockIdx.x + 1", "mixed"),
-    (ATTENTION, "fill(row_at(row), D, NOT_A_NUMBER)", "", "no guard"),
+    (ATTENTION, "fill_row(row, NOT_A_NUMBER)", "", "no guard"),
     (ATTENTION, "if (length < count)", "if (length < 0)", "impossible"),
     (ATTENTION, "row < begin + min(first + BM, count)", "row < begin + 1", "impossible"),
     (ATTENTION, "length - count + first", "length - count", "mixed"),
     (ATTENTION, "min(BM, count - first)", "BM", "mixed"),
     (ATTENTION, "head, begin + first", "head, begin", "mixed"),
+    (ATTENTION, "from = blockIdx.z * each", "from = blockIdx.z", "parts"),
+    (ATTENTION, "min(each, piece.tiles - from)", "each", "parts"),
+    (ATTENTION, "piece.first_tile += from;", "", "parts"),
+    (ATTENTION, "parts + (at + r) * HEAD_DIM", "parts + at * HEAD_DIM", "parts"),
+    (ATTENTION, "make_float2(state.most[s], state.sum[s])", "make_float2(state.sum[s], state.most[s])", "parts"),
+    (ATTENTION, "make_float2(0.0f, -1.0f)", "make_float2(0.0f, 1.0f)", "parts"),
+    (ATTENTION, "blockIdx.z * tokens * HEADS", "blockIdx.z * HEADS", "parts"),
+    (ATTENTION, "whole(item.row + row)", "whole(item.row)", "parts"),
+    (JOIN, "sum *= ptx::ex2(most - top);", "", "parts"),
+    (JOIN, "sinks[blockIdx.y] * 1.4426950408889634f", "sinks[blockIdx.y]", "parts"),
+    (JOIN, "sum = 1.0f", "sum = 0.0f", "parts"),
+    (JOIN, "top = fmaxf(top, sums[at + i * step].x)", "top = sums[at + i * step].x", "parts"),
+    (JOIN, "(at + i * step) * HEAD_DIM", "at * HEAD_DIM", "parts"),
+    (JOIN, "if (joined) {\n      float", "if (true) {\n      float", "parts"),
 ]
 
 
