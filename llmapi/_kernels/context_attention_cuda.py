@@ -32,7 +32,7 @@ _MAPS = 4096
 
 
 @dataclass(frozen=True)
-class _Tiles:
+class Tiles:
     """How a kernel cuts its work.
 
     Attributes:
@@ -48,15 +48,26 @@ class _Tiles:
     defines: dict[str, int]
 
 
-def _portable(dtype: torch.dtype, head_dim: int, shared_memory: int) -> _Tiles:
-    """The largest tiles of ``context_attention.cu`` that fit into a block's shared memory."""
+def portable_tiles(dtype: torch.dtype, head_dim: int, shared_memory: int, warps: int = 4) -> Tiles:
+    """The largest tiles of ``context_attention.cu`` that fit into a block's shared memory.
+
+    Args:
+        dtype: of queries and caches.
+        head_dim: elements of a head.
+        shared_memory: bytes that one block may have.
+        warps: of a block.
+
+    Raises:
+        BuildError: none fits.
+    """
     if dtype == torch.float32:
-        return _Tiles(16, 128, 0, {"LLM_WARPS": 4})
+        return Tiles(4 * warps, 32 * warps, 0, {"LLM_WARPS": warps})
     for row_tiles, keys in ((2, 64), (1, 64), (1, 32), (1, 16)):
-        rows = 64 * row_tiles
+        rows = 16 * warps * row_tiles
         shared = (rows + 2 * keys) * (head_dim + 8) * 2
         if (row_tiles == 1 or head_dim <= 96) and (keys == 64 or head_dim > 64) and shared + 64 <= shared_memory:
-            return _Tiles(rows, 128, shared, {"LLM_WARPS": 4, "LLM_ROW_TILES": row_tiles, "LLM_KEYS": keys})
+            defines = {"LLM_WARPS": warps, "LLM_ROW_TILES": row_tiles, "LLM_KEYS": keys}
+            return Tiles(rows, 32 * warps, shared, defines)
     raise BuildError(
         f"context attention with head size {head_dim} needs {shared} bytes of shared memory a block; this GPU has "
         f"{shared_memory}"
@@ -75,10 +86,10 @@ _HOPPER = {
 """By head size, for ``context_attention_sm90.cu``: LLM_GROUPS, LLM_KEYS, LLM_STAGES, LLM_QUERIES."""
 
 
-def _hopper(head_dim: int, block_size: int) -> _Tiles:
+def _hopper(head_dim: int, block_size: int) -> Tiles:
     groups, keys, stages, queries = _HOPPER[head_dim]
     shared = (64 * groups * queries + 2 * stages * keys) * -(-head_dim // 64) * 128 + 1024
-    return _Tiles(
+    return Tiles(
         64 * groups,
         128 * (groups + 1),
         shared,
@@ -92,7 +103,7 @@ def _hopper(head_dim: int, block_size: int) -> _Tiles:
     )
 
 
-def _unit(source: str, dtype: torch.dtype, head_dim: int, tiles: _Tiles, **more: int) -> Unit:
+def _unit(source: str, dtype: torch.dtype, head_dim: int, tiles: Tiles, **more: int) -> Unit:
     macro = int(dtype_macro(dtype))
     return Unit.of(source, LLM_DTYPE=macro, LLM_HEAD_DIM=head_dim, **tiles.defines, **more)
 
@@ -106,7 +117,9 @@ def units(dtype: str) -> list[Unit]:
     of: torch.dtype = getattr(torch, dtype)
     found = [_PLAN]
     for shared_memory in (65536, 101376, 232448):
-        found += [_unit("context_attention.cu", of, d, _portable(of, d, shared_memory)) for d in (64, 80, 128, 256)]
+        found += [
+            _unit("context_attention.cu", of, d, portable_tiles(of, d, shared_memory)) for d in (64, 80, 128, 256)
+        ]
     if of != torch.float32:
         for d in _HOPPER:
             options = {"LLM_ADJUST": int(d == 64), "LLM_MERGE": int(d >= 128)}
@@ -167,7 +180,7 @@ class ContextAttention:
         if self._hopper:
             self._tiles = _hopper(head_dim, block_size)
         else:
-            self._tiles = _portable(dtype, head_dim, gpu.shared_memory)
+            self._tiles = portable_tiles(dtype, head_dim, gpu.shared_memory)
         per_sm = 1 if self._hopper else max(1, min(4, gpu.shared_memory // (self._tiles.shared + 1024)))
         self._blocks = gpu.sms * per_sm
         # Where there are fewer items than blocks, Hopper's kernel splits them, up to one part for each block.

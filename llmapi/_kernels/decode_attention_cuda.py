@@ -75,6 +75,17 @@ def passes(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> tupl
     return -(-group // most), min(group, most)
 
 
+def sizes(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
+    """Bytes of shared memory that a tile of a warp takes, and that a warp needs to hand its state to another."""
+    chunks = head_dim * dtype.itemsize // 16
+    _, rows = passes(dtype, heads, kv_heads, head_dim)
+    if dtype == torch.float32:
+        region = (rows * -(-head_dim // 32) + 2 * rows) * 128
+    else:
+        region = -(-rows // 8) * (head_dim // 4 + 4) * 128
+    return 32 * (chunks | 1) * 16, region
+
+
 def fit(
     dtype: torch.dtype,
     heads: int,
@@ -96,13 +107,8 @@ def fit(
         shared_memory: bytes that one block may have; a multiprocessor has 1 KiB more.
         across, warps, blocks, stages, tuning: what to aim at; see :class:`Form`.
     """
-    chunks = head_dim * dtype.itemsize // 16
-    stage = 32 * (chunks | 1) * 16
-    count, rows = passes(dtype, heads, kv_heads, head_dim)
-    if dtype == torch.float32:
-        region = (rows * -(-head_dim // 32) + 2 * rows) * 128
-    else:
-        region = -(-rows // 8) * (head_dim // 4 + 4) * 128
+    count, _ = passes(dtype, heads, kv_heads, head_dim)
+    stage, region = sizes(dtype, heads, kv_heads, head_dim)
     while True:
         while across > 1 and (warps % across or kv_heads * count % across):
             across //= 2

@@ -132,6 +132,25 @@ def compile_unit(unit: Unit, arch: str) -> bytes:
         BuildError: NVRTC or CUDA's headers are missing, or the source does not compile; with the compiler's log.
     """
     nvrtc = _nvrtc()
+    return _compiled(unit, arch, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+
+
+def compile_ptx(unit: Unit, arch: str) -> bytes:
+    """PTX of a unit, which a driver compiles for its GPU.
+
+    Args:
+        unit: what to compile.
+        arch: the oldest that it must run on, such as ``"compute_80"``.
+
+    Raises:
+        BuildError: as :func:`compile_unit`.
+    """
+    nvrtc = _nvrtc()
+    return _compiled(unit, arch, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX).rstrip(b"\0")
+
+
+def _compiled(unit: Unit, arch: str, size_of: Any, get: Any) -> bytes:
+    nvrtc = _nvrtc()
     text = (CSRC / unit.source).read_bytes()
     options = [*_OPTIONS, f"--gpu-architecture={arch}", f"-I{CSRC}", f"-I{_headers()}"]
     options += [f"-D{name}={value}" for name, value in unit.defines]
@@ -145,12 +164,12 @@ def compile_unit(unit: Unit, arch: str) -> bytes:
             log = b" " * size
             nvrtc.nvrtcGetProgramLog(program, log)
             raise BuildError(f"{unit.label} does not compile for {arch}:\n{log.decode(errors='replace').strip()}")
-        error, size = nvrtc.nvrtcGetCUBINSize(program)
+        error, size = size_of(program)
         _check(error, unit.label)
-        cubin: bytes = b" " * size
-        (error,) = nvrtc.nvrtcGetCUBIN(program, cubin)
+        code: bytes = b" " * size
+        (error,) = get(program, code)
         _check(error, unit.label)
-        return cubin
+        return code
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

@@ -16,6 +16,7 @@ from llmapi._kernels.nvrtc import ARCHITECTURES, CSRC, DTYPE_MACRO, Unit, archit
 from llmapi.errors import BuildError
 
 MODULES = sorted(m.name for m in pkgutil.iter_modules(llmapi._kernels.__path__) if m.name.endswith("_cuda"))
+MODULES.append("plugins")
 
 
 FULL = ("sm_75", "sm_80", "sm_90a", "sm_120")

@@ -122,42 +122,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
   };
   auto locate = [&](Place& place) {
     if (!more) return;
-    int token = (ahead.first_tile + ahead_tile) * TILE;
-    place.low = ahead.low - token;
-    place.high = ahead.length - FUSED - token;  // a new token is not in the cache yet
     const int* table = tables + (int64_t)ahead.sequence * table_stride;
-#pragma unroll
-    for (int i = 0; i < (BLOCK_SHIFT < 4 ? 2 : 1); i++) {
-      int at = min(token + i * 8, ahead.length - 1);
-      uint32_t slot = ((uint32_t)table[at >> BLOCK_SHIFT] << BLOCK_SHIFT) + ((token + i * 8) & ((1 << BLOCK_SHIFT) - 1));
-      place.at[i] = (slot * KV_HEADS + (ahead.set * ACROSS + across) / PASSES) * CHUNKS;
-    }
+    locate_tile(place, ahead, ahead.first_tile + ahead_tile, table, (ahead.set * ACROSS + across) / PASSES);
   };
   uint32_t ring_at = shared_address(ring);
-  auto copy = [&](int stage, const Place& place) {
-    uint32_t to = ring_at + stage * STAGE_BYTES;
-    const char* k = k_cache + (int64_t)place.at[0] * 16;
-    const char* v = v_cache + (int64_t)place.at[0] * 16;
-    int64_t turn = BLOCK_SHIFT < 4 ? ((int64_t)place.at[BLOCK_SHIFT < 4] - place.at[0]) * 16 - 8 * TOKEN_BYTES : 0;
-    bool whole = place.low <= 0 && place.high >= TILE;
-    if (whole && BLOCK_SHIFT >= 4) {
-#pragma unroll
-      for (int i = 0; i < CHUNKS / 2; i++) {
-        int row = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
-        fetch16(to + row * PITCH + chunk * 16, k + row * TOKEN_BYTES + chunk * 16);
-        fetch16(to + (TILE + row) * PITCH + chunk * 16, v + row * TOKEN_BYTES + chunk * 16);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < CHUNKS / 2; i++) {
-        int row = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
-        bool valid = row >= place.low && row < place.high;
-        int64_t offset = valid ? row * TOKEN_BYTES + chunk * 16 + (row >= 8 ? turn : 0) : 0;
-        fetch16(to + row * PITCH + chunk * 16, k + offset, valid);
-        fetch16(to + (TILE + row) * PITCH + chunk * 16, v + offset, valid);
-      }
-    }
-  };
   Place place;
   bool pending;
   auto look_ahead = [&]() {
@@ -171,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
     Place now = place;
     bool any = pending;
     look_ahead();
-    if (any) copy(stage, now);
+    if (any) copy_tile(ring_at + stage * STAGE_BYTES, k_cache, v_cache, now);
     cp_async_commit();
   };
   look_ahead();
@@ -242,32 +210,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
     }
     close_sums(state);
 
-    // The warps of a piece hand their states down to the first. A warp writes where it alone has read.
-#pragma unroll
-    for (int half = ALONG / 2; half; half /= 2) {
-      if (along >= half && along < 2 * half) {
-        hand_over(state, regions + (half == ALONG / 2 ? along - half : along) * REGION);
-      }
-      group_sync(across);
-      if (along < half) join(state, regions + (half == ALONG / 2 ? along : along + half) * REGION);
-      if (half == 1) group_sync(across);
-    }
+    gather(state, regions, along, across);
 
     scalar_t* result = out + query * out_stride + head * HEAD_DIM;
     int low_block = piece.at / work.share, high_block = (piece.at + piece.tiles - 1) / work.share;
     if (low_block == high_block) {
       if (along == 0) {
         float factor[SLOTS];
-#pragma unroll
-        for (int s = 0; s < SLOTS; s++) {
-          float sum = state.sum[s], most = state.most[s], shrink = 1.0f;
-          if (sinks && row_of(s) < rows) {
-            float sink = sinks[head + row_of(s)] * LOG2E, top = fmaxf(most, sink);
-            shrink = exp2_fast(most - top);
-            sum = sum * shrink + exp2_fast(sink - top);
-          }
-          factor[s] = shrink / sum;
-        }
+        finish(state, sinks ? sinks + head : nullptr, rows, factor);
         write_rows<scalar_t>(state, factor, rows, [&](int row) { return result + row * HEAD_DIM; });
       }
       continue;

@@ -445,6 +445,33 @@ DEVICE void write_rows(const State& state, const float (&factor)[SLOTS], int row
 }
 #endif
 
+// The warps of a piece hand their states down to the first. A warp writes where it alone has read.
+DEVICE void gather(State& state, float* regions, int along, int across) {
+#pragma unroll
+  for (int half = ALONG / 2; half; half /= 2) {
+    if (along >= half && along < 2 * half) {
+      hand_over(state, regions + (half == ALONG / 2 ? along - half : along) * REGION);
+    }
+    group_sync(across);
+    if (along < half) join(state, regions + (half == ALONG / 2 ? along : along + half) * REGION);
+    if (half == 1) group_sync(across);
+  }
+}
+
+// What each row is to be multiplied with at the end: 1 / the sum over its keys and its sink. `sinks`: of the first row.
+DEVICE void finish(const State& state, const float* sinks, int rows, float (&factor)[SLOTS]) {
+#pragma unroll
+  for (int s = 0; s < SLOTS; s++) {
+    float sum = state.sum[s], most = state.most[s], shrink = 1.0f;
+    if (sinks && row_of(s) < rows) {
+      float sink = sinks[row_of(s)] * LOG2E, top = fmaxf(most, sink);
+      shrink = exp2_fast(most - top);
+      sum = sum * shrink + exp2_fast(sink - top);
+    }
+    factor[s] = shrink / sum;
+  }
+}
+
 // 16 bytes from global to shared memory; zeros where not valid.
 DEVICE void fetch16(uint32_t to, const char* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
@@ -466,3 +493,42 @@ struct Place {
   uint32_t at[BLOCK_SHIFT < 4 ? 2 : 1];  // first token, in 16-byte chunks; blocks of 8 have the last 8 tokens elsewhere
   int low, high;                          // rows of the tile that are seen
 };
+
+// Where a tile of a piece lies for a key head.
+DEVICE void locate_tile(Place& place, const Piece& piece, int tile, const int* table, int key_head) {
+  int token = tile * TILE;
+  place.low = piece.low - token;
+  place.high = piece.length - FUSED - token;  // a new token is not in the cache yet
+#pragma unroll
+  for (int i = 0; i < (BLOCK_SHIFT < 4 ? 2 : 1); i++) {
+    int at = min(token + i * 8, piece.length - 1);
+    uint32_t slot = ((uint32_t)table[at >> BLOCK_SHIFT] << BLOCK_SHIFT) + ((token + i * 8) & ((1 << BLOCK_SHIFT) - 1));
+    place.at[i] = (slot * KV_HEADS + key_head) * CHUNKS;
+  }
+}
+
+// A warp starts the copy of a tile's keys and values to shared memory.
+DEVICE void copy_tile(uint32_t to, const char* k_cache, const char* v_cache, const Place& place) {
+  int lane = threadIdx.x & 31;
+  const char* k = k_cache + (int64_t)place.at[0] * 16;
+  const char* v = v_cache + (int64_t)place.at[0] * 16;
+  int64_t turn = BLOCK_SHIFT < 4 ? ((int64_t)place.at[BLOCK_SHIFT < 4] - place.at[0]) * 16 - 8 * TOKEN_BYTES : 0;
+  bool whole = place.low <= 0 && place.high >= TILE;
+  if (whole && BLOCK_SHIFT >= 4) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS / 2; i++) {
+      int row = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
+      fetch16(to + row * PITCH + chunk * 16, k + row * TOKEN_BYTES + chunk * 16);
+      fetch16(to + (TILE + row) * PITCH + chunk * 16, v + row * TOKEN_BYTES + chunk * 16);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < CHUNKS / 2; i++) {
+      int row = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
+      bool valid = row >= place.low && row < place.high;
+      int64_t offset = valid ? row * TOKEN_BYTES + chunk * 16 + (row >= 8 ? turn : 0) : 0;
+      fetch16(to + row * PITCH + chunk * 16, k + offset, valid);
+      fetch16(to + (TILE + row) * PITCH + chunk * 16, v + offset, valid);
+    }
+  }
+}
