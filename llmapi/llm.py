@@ -156,6 +156,8 @@ class LLM:
             capacity_tokens=engine.num_blocks * config.block_size,
             end_token_ids=frozenset(prepared.stop_token_ids),
             seed=seed,
+            block_size=config.block_size,
+            max_batch_size=config.max_batch_size,
         )
         # The loop knows nothing of this object: dropping the last reference to it, or leaving Python, closes the loop.
         self._closer = weakref.finalize(self, _close, self._loop, prepared.builder)
