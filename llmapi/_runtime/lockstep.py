@@ -17,6 +17,10 @@ class Parked:
     def __init__(self) -> None:
         self._by_request: dict[Request, list[Sequence]] = {}
 
+    def items(self) -> list[Sequence]:
+        """Everyone who is parked."""
+        return [seq for seqs in self._by_request.values() for seq in seqs]
+
     def behind(self, seq: Sequence) -> list[Sequence]:
         """Those parked of the request of ``seq``, by index."""
         return self._by_request.get(seq.request, []) if self._by_request else []
@@ -58,6 +62,7 @@ def take_over(pool: BlockPool, heir: Sequence, parent: Sequence) -> None:
         heir: gives its blocks back; those at the same place in both tables stay as they are.
         parent: of the same request.
     """
+    assert heir.num_computed == parent.num_computed, "they are not in lockstep"
     old, new = heir.block_table, parent.block_table
     same = min(len(old), len(new))
     while same and old[same - 1] != new[same - 1]:
@@ -70,7 +75,6 @@ def take_over(pool: BlockPool, heir: Sequence, parent: Sequence) -> None:
         pool.release(block)
     heir.block_table = new.copy()
     heir.block_hashes = parent.block_hashes.copy()
-    heir.num_computed = parent.num_computed
 
 
 def branch_blocks(pool: BlockPool, seq: Sequence, leader: Sequence) -> None:

@@ -95,8 +95,13 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Sequence]:
-        """Sequences to be admitted, next one first, each with those that are parked behind it."""
-        return [each for seq in self._waiting.items() for each in (seq, *self._parked.behind(seq))]
+        """Sequences to be admitted, next one first."""
+        return self._waiting.items()
+
+    @property
+    def parked(self) -> list[Sequence]:
+        """Sequences that lost their blocks and wait for another one of their request."""
+        return self._parked.items()
 
     @property
     def capacity_tokens(self) -> int:
