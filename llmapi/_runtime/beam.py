@@ -81,8 +81,9 @@ class Beams:
         length_penalty: exponent of the length.
         early_stopping: see rule 4.
         max_tokens: limit of new tokens.
-        grouped: whether there are other groups; what runs is then judged by the best candidate, ended or not, as in
-            transformers' ``group-beam-search``.
+        grouped: whether there are other groups. Two things are then as in transformers' ``group-beam-search``: what
+            runs is judged by the best candidate, ended or not; and at the limit, what has not ended counts only where
+            the search is not over without it.
 
     Attributes:
         scores: cumulative score of each beam that runs, by row; one zero at the beginning.
@@ -119,8 +120,8 @@ class Beams:
             ending: asked of a row and a token that is none of ``ends``: whether this ends the sequence; None: never.
 
         Returns:
-            Ranks of the candidates that go on, at most ``width``, none when it is over; and the finished ones that are
-            new. :attr:`scores` is not changed: :meth:`go_on` does that.
+            Ranks of the candidates that go on, or would if it were not over, at most ``width``; and the finished ones
+            that are new. :attr:`scores` is not changed: :meth:`go_on` does that.
         """
         self.length += 1
         width = self.width
@@ -129,14 +130,15 @@ class Beams:
         usual = count >= width and not last and ending is None and scores[width - 1] != NEVER
         if usual and ends.isdisjoint(tokens[:width]):  # none of them ends
             self.over = len(self.finished) == width and self._settled(scores[0])
-            return ([] if self.over else list(range(width))), []
+            return list(range(width)), []
+        stops = last and self.grouped  # the limit counts after what has ended
         ranks: list[int] = []
         new: list[Finished] = []
         for rank in range(count):
             score = scores[rank]
             if score == NEVER or len(ranks) == width:
                 break
-            if last and rank >= width:
+            if last and not stops and rank >= width:
                 break
             token, row = tokens[rank], rows[rank]
             end: Ending | None = None
@@ -144,22 +146,33 @@ class Beams:
                 end = "stop", token
             elif ending is not None:
                 end = ending(row, token)
-            if end is None and last:
+            if end is None and last and not stops:
                 end = "length", None
             if end is None:
                 ranks.append(rank)
             elif rank < width:
                 worth = normalized(score, self.length, self.length_penalty)
                 new.append(Finished(worth, score, row, token, *end))
-        if new:
-            merged = sorted([*self.finished, *new], key=lambda f: -f.score)  # stable: the older of equals first
-            self.finished = merged[:width]
-            new = [f for f in new if f in self.finished]
+        new = self._merge(new)
         if not ranks:
             self.over = True
         elif len(self.finished) == width:
             self.over = self._settled(scores[0 if self.grouped else ranks[0]])
-        return ([] if self.over else ranks), new
+        if stops and not self.over:
+            worth = [normalized(scores[rank], self.length, self.length_penalty) for rank in ranks]
+            cut = zip(worth, ranks, strict=True)
+            new += self._merge([Finished(w, scores[r], rows[r], tokens[r], "length", None) for w, r in cut])
+            new = [f for f in new if f in self.finished]
+            self.over = True
+        return ranks, new
+
+    def _merge(self, new: list[Finished]) -> list[Finished]:
+        """Keep the best of those that have ended; return the new ones among them."""
+        if not new:
+            return new
+        merged = sorted([*self.finished, *new], key=lambda f: -f.score)  # stable: the older of equals first
+        self.finished = merged[: self.width]
+        return [f for f in new if f in self.finished]
 
     def go_on(self, scores: list[float]) -> None:
         """Set the scores of the beams that run, by row."""
@@ -167,7 +180,7 @@ class Beams:
 
     def _settled(self, best: float) -> bool:
         """Whether nothing that runs can beat what is finished; ``width`` are."""
-        if self.early_stopping is True or self.width == 1:
+        if self.early_stopping is True or (self.width == 1 and not self.grouped):  # one beam is greedy decoding
             return True
         length = self.length
         if self.early_stopping == "never" and self.length_penalty > 0:

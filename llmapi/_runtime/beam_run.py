@@ -147,9 +147,10 @@ class BeamRun:
             move = _Move(g, [])
             ending = self._ending(seqs, move) if self._checks else None
             ranks, new = beams.advance(scores, rows, tokens, self._ends, ending)
-            move.children = [(rows[rank], tokens[rank], scores[rank]) for rank in ranks]
             if penalty:
-                taken.update([child[1] for child in move.children])
+                taken.update([tokens[rank] for rank in ranks])
+            if not beams.over:
+                move.children = [(rows[rank], tokens[rank], scores[rank]) for rank in ranks]
             if self._keeps:
                 self._tell(move, new, pending, first_ask + place)
             for one in new:

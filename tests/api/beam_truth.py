@@ -105,7 +105,7 @@ def group_oracle(
             live[g] = going
             if len(done[g]) == size:
                 length = count if early_stopping == "never" and length_penalty > 0 else step
-                best = options[0][0] / length**length_penalty
+                best = (options if groups > 1 else going)[0][0] / length**length_penalty
                 closed[g] = early_stopping is True or done[g][-1][0] >= best
         if all(closed):
             break
