@@ -21,6 +21,8 @@ DEFAULTS = {
     "bad_words": (), "logit_bias": {}, "ignore_eos": False, "include_stop_str_in_output": False,
     "skip_special_tokens": True, "spaces_between_special_tokens": True, "min_tokens": 0, "max_tokens": 256,
     "logprobs": None, "prompt_logprobs": None, "logits_processors": (), "detokenize": True, "return_logits": False,
+    "use_beam_search": False, "beam_width": None, "length_penalty": 1.0, "early_stopping": False, "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
 }  # fmt: skip
 
 
