@@ -140,8 +140,7 @@ class SamplingParams:
         self._check_beams()
         if self.n > 1 and self.temperature == 0 and not self.use_beam_search:
             raise ConfigError(
-                f"n={self.n} with temperature=0 would give {self.n} equal sequences: set temperature above 0, n=1 or "
-                "use_beam_search=True"
+                f"n={self.n} with temperature=0 would give {self.n} equal sequences: set temperature above 0, or n=1"
             )
         self._set("stop", self._strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
         self._set("bad_words", self._strings("bad_words", self.bad_words))
