@@ -22,9 +22,10 @@ from llmapi._runtime.draw import _COLDEST
 from llmapi._runtime.guide import fill, words
 from llmapi._runtime.logit_edits import _completing, _held_back
 from llmapi._runtime.logprobs import _ranked
+from llmapi._runtime.no_choice import no_choice
 from llmapi._runtime.params_memo import ParamsMemo
 from llmapi._runtime.request import Sequence
-from llmapi._runtime.sampler import Sampled, Sampler, SampleRow, SamplerTokenizer, _no_choice
+from llmapi._runtime.sampler import Sampled, Sampler, SampleRow, SamplerTokenizer
 from llmapi._runtime.token_counts import TokenCounts
 from llmapi.errors import RequestError
 from llmapi.outputs import Logprob
@@ -345,7 +346,7 @@ class PendingTokens:
             raw[:] = -torch.inf
         start = sequence.num_prompt
         then = Sequence(sequence.request, sequence.index, [*sequence.token_ids[:start], *[0] * position], start)
-        return _no_choice(raw, edited, then)
+        return no_choice(raw, edited, then)
 
 
 def _to_host(x: Tensor) -> Tensor:
