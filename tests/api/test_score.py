@@ -75,10 +75,14 @@ def test_preempted_scores(checkpoint: Path, cache: Path, truth: Truth, monkeypat
     options: dict[str, Any] = {"max_batch_size": 8, "max_num_tokens": 8}
     with LLM(checkpoint, cache_dir=cache, kv_cache_config={"max_tokens": 120, "block_size": 8}, **options) as llm:
         lost: list[Any] = []
-        preempt = llm._loop._scheduler._preempt
-        monkeypatch.setattr(
-            llm._loop._scheduler, "_preempt", lambda seq, draft: (lost.append(seq), preempt(seq, draft))[1]
-        )
+        schedule = llm._loop._scheduler.schedule
+
+        def watched() -> Any:
+            plan = schedule()
+            lost.extend(() if plan is None else plan.preempted)
+            return plan
+
+        monkeypatch.setattr(llm._loop._scheduler, "schedule", watched)
         texts = prompts_of([60, 62, 64, 66], seed=4)
         running = [llm.generate_async(p, greedy(40)) for p in prompts_of([20, 22], seed=5)]
         scores = llm.score([t[:10] for t in texts], [t[10:] for t in texts])
