@@ -159,8 +159,8 @@ class Beams:
         elif len(self.finished) == width:
             self.over = self._settled(scores[0 if self.grouped else ranks[0]])
         if stops and not self.over:
-            worth = [normalized(scores[rank], self.length, self.length_penalty) for rank in ranks]
-            cut = zip(worth, ranks, strict=True)
+            over = [normalized(scores[rank], self.length, self.length_penalty) for rank in ranks]
+            cut = zip(over, ranks, strict=True)
             new += self._merge([Finished(w, scores[r], rows[r], tokens[r], "length", None) for w, r in cut])
             new = [f for f in new if f in self.finished]
             self.over = True

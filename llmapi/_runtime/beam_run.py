@@ -71,6 +71,7 @@ class BeamRun:
 
     Attributes:
         blocks: the most KV blocks that its beams were seen to hold, shared ones counted once.
+        over: whether every group's search has ended.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
@@ -95,12 +96,9 @@ class BeamRun:
             self._kept[request.sequences[0]] = Kept(Transcript.of(p, tokenizer) if self._checks else None)
         self._outputs = BeamOutputs(request, tokenizer)
         self._stopped: FinishReason | None = None
+        self._bare = not (grouped or self._kept or self._guided)  # beams carry nothing but their tokens
         self.blocks = 0
-
-    @property
-    def over(self) -> bool:
-        """Whether every group's search has ended."""
-        return all(beams.over for beams in self._groups)
+        self.over = False
 
     # ---- a step
 
@@ -110,6 +108,9 @@ class BeamRun:
         Args:
             first_row: row of the step's logits that belongs to the request's first sequence; the others follow.
         """
+        if self._bare:
+            self._asked = [0]
+            return [BeamAsk(self._rows[0], self._groups[0].scores, first_row, self._count, self._size == 1)]
         self._asked = [g for g, beams in enumerate(self._groups) if not beams.over]
         greedy = self._request.params.num_beams == 1
         asks: list[BeamAsk] = []
@@ -135,6 +136,8 @@ class BeamRun:
         Raises:
             RequestError: the request cannot go on.
         """
+        if self._bare and self._advance_bare(found[0], scheduler):
+            return
         taken: Counter[int] = Counter()
         penalty = self._request.params.diversity_penalty
         moves: list[_Move] = []
@@ -159,10 +162,53 @@ class BeamRun:
             for one in new:
                 one.output = self._line(seqs[one.row], one.row, one.token, move)
             moves.append(move)
+        self.over = all(beams.over for beams in self._groups)
         if not beams.length % _LOOK or self.over:
-            self.blocks = max(self.blocks, len(set().union(*(s.block_table for s in self._request.sequences))))
+            self._count_blocks()
         if not self.over:
             self._reorder(moves, scheduler)
+
+    def _advance_bare(self, found: Found, scheduler: Mover) -> bool:
+        """The common case of :meth:`advance`: all beams go on, and they carry nothing but their tokens.
+
+        Returns:
+            False where it is another case; nothing was changed then.
+        """
+        beams, seqs, width = self._groups[0], self._rows[0], self._size
+        scores, tokens = found.scores, found.tokens
+        if len(seqs) != width or len(scores) < width or not scores[width - 1] > NEVER or scores[0] != scores[0]:
+            return False
+        if beams.finished or beams.length + 1 >= beams.max_tokens or not self._ends.isdisjoint(tokens[:width]):
+            return False
+        beams.length += 1
+        if not beams.length % _LOOK:
+            self._count_blocks()
+        by_row: list[int | None] = [None] * width
+        late = []
+        for rank in range(width):
+            row = found.rows[rank]
+            if by_row[row] is None:
+                by_row[row] = rank
+            else:
+                late.append(rank)
+        if late:
+            free = [row for row, known in enumerate(by_row) if known is None]
+            for again, place in zip(late, free, strict=True):
+                parent, heir = seqs[found.rows[again]], seqs[place]
+                heir.token_ids = parent.token_ids.copy()
+                scheduler.adopt(heir, parent)
+                by_row[place] = again
+        going = []
+        for seq, best in zip(seqs, by_row, strict=True):
+            assert best is not None
+            seq.token_ids.append(tokens[best])
+            going.append(scores[best])
+        beams.scores = going
+        return True
+
+    def _count_blocks(self) -> None:
+        held = set().union(*(seq.block_table for seq in self._request.sequences))
+        self.blocks = max(self.blocks, len(held))
 
     def _reorder(self, moves: list[_Move], scheduler: Mover) -> None:
         """Turn the beams into their continuations: first who stands where, then the tokens."""

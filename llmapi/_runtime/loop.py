@@ -136,8 +136,8 @@ class EngineLoop:
 
     def _launch(self, plan: StepPlan) -> Flight:
         """Start a step: everything up to its tokens, which :meth:`_land` waits for."""
-        for entry in plan.entries:
-            self._jobs[entry.seq.request].start()
+        for request in {entry.seq.request: None for entry in plan.entries}:
+            self._jobs[request].start()
         batch = build_batch(plan, self._engine.config.block_size, self._prompt_rows_done)
         before = None if self._flight is None or self._flight.pending is None else self._flight.pending.ids
         hidden, logits = run_step(self._engine, plan, batch, before)
@@ -156,7 +156,7 @@ class EngineLoop:
                     self._probe(job, entry, logits[first : first + count], probed)
                     first += count
                 continue
-            if job.wants_prompt:
+            if entry.start < entry.seq.num_prompt and job.wants_prompt:
                 self._keep_prompt_rows(job, entry, logits[first : first + count])
             if entry.produces_logits and job.beams is not None:
                 if not turns or turns[-1].job is not job:  # the rows of its other beams follow

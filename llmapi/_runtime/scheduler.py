@@ -179,9 +179,7 @@ class Scheduler:
                 held = len(members) > min(draft.tokens, draft.slots)
                 if held:
                     break
-                for member in members:
-                    if member.status is Status.RUNNING:
-                        self._place(member, 1, draft)
+                self._place_beams(members, draft)
                 continue
             at += 1
             if todo == 1:
@@ -234,6 +232,19 @@ class Scheduler:
             branch_blocks(self.pool, seq, first)
             self._run(seq)
         return request.sequences
+
+    def _place_beams(self, members: list[Sequence], draft: Draft) -> None:
+        """Plan a token of each of these, which all have computed as many."""
+        start, counts, entries = members[0].num_computed, self.pool.counts, draft.entries
+        whole = not start % self.pool.block_size  # they need a new block
+        for seq in members:
+            if whole or counts[seq.block_table[-1]] > 1:
+                self._take_blocks(seq, 1, draft)
+                if seq.status is not Status.RUNNING:  # nor is any other of them
+                    return
+            entries[seq] = Entry(seq, start, 1)
+            draft.tokens -= 1
+            draft.slots -= 1
 
     def _place(self, seq: Sequence, count: int, draft: Draft) -> None:
         """Plan ``count`` tokens of a running ``seq``, unless the blocks they need cost it its own."""

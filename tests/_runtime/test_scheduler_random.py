@@ -456,7 +456,7 @@ FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
         [("full = seq.num_computed // size", "full = len(seq.block_table)")],
     ),
     "the token budget is ignored": (scheduler, [("draft.tokens -= count", "pass")]),
-    "the batch size is ignored": (scheduler, [("draft.slots -= 1", "pass")]),
+    "the batch size is ignored": (scheduler, [("draft.tokens -= count\n        draft.slots -= 1", "draft.tokens -= count")]),
     "the oldest is preempted": (
         scheduler,
         [("victim = self._running[-1]", "victim = self._running[0]"), ("self._running.pop()", "self._running.pop(0)")],
