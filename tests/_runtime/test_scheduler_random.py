@@ -441,7 +441,7 @@ FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
     "a preempted sequence keeps its hashes": (scheduler, [("        seq.block_hashes = []\n", "")]),
     "a whole sequence is taken from the cache": (
         scheduler,
-        [("(len(seq.token_ids) - 1 - bool(self._parked.behind(seq))) // self", "len(seq.token_ids) // self")],
+        [("len(seq.token_ids) - 1 - bool(self._parked.behind(seq))", "len(seq.token_ids)")],
     ),
     "found blocks are not retained": (scheduler, [("for block in found:\n                pool.retain(block)", "pass")]),
     "found blocks are counted as free": (scheduler, [("pool.num_free - revived - fresh", "pool.num_free - fresh")]),
