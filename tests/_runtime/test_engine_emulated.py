@@ -143,4 +143,5 @@ def test_beams_are_those_of_transformers(llm: LLM, truth: Truth) -> None:
         assert [o.token_ids for o in outputs[i].outputs] == [ids for ids, _ in expected]
         assert [o.score for o in outputs[i].outputs] == pytest.approx([s for _, s in expected], abs=1e-4)
     assert outputs[1].outputs[0].token_ids == truth.greedy(prompts[1], 9)
+    assert llm._loop._sampler.candidates._select.launches > 10  # type: ignore[attr-defined]
     until(lambda: idle(llm))
