@@ -77,6 +77,27 @@ def units(dtype: str) -> list[Unit]:
     return [_unit(DTYPE_MACRO[dtype], split) for split in (1, 2, 4, 8)]
 
 
+def blocks_of_row(gpu: Gpu, rows: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """Blocks for a row: as many as give each multiprocessor one, or as keep their parts near L1.
+
+    Args:
+        gpu: where; without clusters it is one.
+        rows: in the launch.
+        vocab_size, dtype: of a row.
+    """
+    split = 1
+    while (
+        gpu.overlap
+        and split < 8
+        and (
+            (2 * split * rows <= gpu.sms and vocab_size >= 2 * split * _WORTH_A_BLOCK)
+            or vocab_size * dtype.itemsize > split * _L1_SHARE
+        )
+    ):
+        split *= 2
+    return split
+
+
 def nucleus_range(top_p: float, vocab_size: int) -> float:
     """Nats below the maximum within which the nucleus ends.
 
@@ -163,16 +184,7 @@ class SampleKernels:
         return logits.shape[0]
 
     def _split(self, rows: int) -> int:
-        """Blocks for a row: as many as give each multiprocessor one, or as keep their parts near L1."""
-        if not self._gpu.overlap:  # no clusters
-            return 1
-        split = 1
-        while split < 8 and (
-            (2 * split * rows <= self._gpu.sms and self._vocab >= 2 * split * _WORTH_A_BLOCK)
-            or self._vocab * self._dtype.itemsize > split * _L1_SHARE
-        ):
-            split *= 2
-        return split
+        return blocks_of_row(self._gpu, rows, self._vocab, self._dtype)
 
     def _kernels(self, split: int) -> tuple[Kernel, Kernel]:
         unit = _unit(self._macro, split)

@@ -136,7 +136,8 @@ class Candidates:
         for i, ask in enumerate(asks):
             (edited if any(map(self._edits.wanted, ask.sequences)) else plain).append(i)
         if plain:
-            pending.add(plain, self._select(logits, _spans([asks[i] for i in plain], len(logits)), False))
+            x, own = _own_rows(logits, [asks[i] for i in plain])
+            pending.add(plain, self._select(x, _spans(own, len(x)), False))
         greedy = [i for i in edited if asks[i].greedy]
         scored = [i for i in edited if not asks[i].greedy]
         for members, on_logits in ((greedy, True), (scored, False)):
@@ -167,6 +168,16 @@ class Candidates:
                 pending.errors[i] = failed
             at += len(ask.sequences)
         pending.add(members, self._select(x, _spans(packed, len(x)), not on_logits))
+
+
+def _own_rows(logits: Tensor, asks: list[BeamAsk]) -> tuple[Tensor, list[BeamAsk]]:
+    """The logits without rows that nobody asks for, where those are most, as in a step that computes prompts."""
+    rows = sorted({ask.first_row + row for ask in asks for row in range(len(ask.sequences))})
+    if 2 * len(rows) >= len(logits):
+        return logits, asks
+    place = {row: i for i, row in enumerate(rows)}
+    moved = [BeamAsk(ask.sequences, ask.scores, place[ask.first_row], ask.count) for ask in asks]
+    return logits[torch.tensor(rows, device=logits.device)], moved
 
 
 def _spans(asks: list[BeamAsk], total: int) -> Spans:

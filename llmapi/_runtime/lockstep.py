@@ -54,16 +54,25 @@ class Parked:
         return successor
 
 
-def take_over(pool: BlockPool, heir: Sequence, parent: Sequence) -> None:
+def take_over(pool: BlockPool, heir: Sequence, parent: Sequence) -> tuple[int, int] | None:
     """Give a running sequence a share of another's blocks instead of its own.
 
     Args:
         pool: counts the owners.
         heir: gives its blocks back; those at the same place in both tables stay as they are.
         parent: of the same request.
+
+    Returns:
+        Where only the last, partial blocks differ and nobody else owns the heir's: source and target of the copy that
+        makes the heir's, which it keeps, the same as the parent's. The source has one more owner, the copy.
     """
     assert heir.num_computed == parent.num_computed, "they are not in lockstep"
     old, new = heir.block_table, parent.block_table
+    last = len(new) - 1
+    partial = heir.num_computed % pool.block_size != 0
+    if partial and pool.counts[old[last]] == 1 and old[:last] == new[:last]:
+        pool.retain(new[last])
+        return new[last], old[last]
     same = min(len(old), len(new))
     while same and old[same - 1] != new[same - 1]:
         same -= 1
@@ -75,6 +84,7 @@ def take_over(pool: BlockPool, heir: Sequence, parent: Sequence) -> None:
         pool.release(block)
     heir.block_table = new.copy()
     heir.block_hashes = parent.block_hashes.copy()
+    return None
 
 
 def branch_blocks(pool: BlockPool, seq: Sequence, leader: Sequence) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.sample_cuda import EDIT, MAX_LOGPROBS, ROW, SampleKernels, nucleus_range
+from llmapi._runtime.candidates import Candidates
+from llmapi._runtime.candidates_cuda import KernelSelect
 from llmapi._runtime.draw import _COLDEST
 from llmapi._runtime.guide import fill, words
 from llmapi._runtime.logit_edits import _completing, _held_back
@@ -106,6 +108,8 @@ class CudaSampler(Sampler):
         super().__init__(vocab_size, tokenizer)
         self._gpu, self._device = gpu, gpu.device
         self._kernels = SampleKernels(gpu, vocab_size=vocab_size, max_rows=max_rows, logits_dtype=logits_dtype)
+        found = KernelSelect(gpu, vocab_size=vocab_size, max_rows=max_rows, logits_dtype=logits_dtype)
+        self.candidates = Candidates(vocab_size, self._edits, found)
         self._counts = TokenCounts(vocab_size, gpu.device)
         self._scratch: Tensor | None = None  # [rows, V] float32: edited logits
         self._settings = ParamsMemo(self._prepare)

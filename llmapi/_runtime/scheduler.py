@@ -79,6 +79,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # oldest first
         self._waiting = WaitingQueue()
         self._parked = Parked()
+        self._copies: dict[int, int] = {}  # target -> source, due before the next step; each owns its source
         self._arrivals = 0
         self._hashed: Sequence | None = None  # the waiting sequence whose prefix hashes are kept in _hashes
         self._hashes: list[bytes] = []
@@ -102,6 +103,11 @@ class Scheduler:
     def parked(self) -> list[Sequence]:
         """Sequences that lost their blocks and wait for another one of their request."""
         return self._parked.items()
+
+    @property
+    def copies_due(self) -> dict[int, int]:
+        """Blocks whose contents the next step copies from another before it writes: target to source."""
+        return self._copies.copy()
 
     @property
     def capacity_tokens(self) -> int:
@@ -149,7 +155,9 @@ class Scheduler:
         """
         assert heir.status is Status.RUNNING and parent.status is Status.RUNNING, "only running sequences have blocks"
         assert heir.request is parent.request and heir is not parent
-        take_over(self.pool, heir, parent)
+        copy = take_over(self.pool, heir, parent)
+        if copy is not None:
+            self._copies[copy[1]] = copy[0]
 
     def finish(self, seq: Sequence) -> None:
         """Give back the blocks of a running sequence, or take a waiting one out of the queue. Twice is once."""
@@ -165,6 +173,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when no sequence has a token to compute."""
         draft = Draft(self.max_num_tokens, self.max_batch_size)
+        self._take_copies(draft)
         running, prefills = self._running, []
         at, held = 0, False
         while at < len(running):  # preemption shortens the list from its end only
@@ -195,10 +204,11 @@ class Scheduler:
                     self._place(seq, count, draft)
         if not (draft.preempted or held):
             self._admit(draft)
+        if not draft.entries:
+            self._copies = draft.copies
+            return None
         for source in draft.copies.values():
             self.pool.release(source)
-        if not draft.entries:
-            return None
         copies = [(source, target) for target, source in draft.copies.items()]
         return StepPlan(list(draft.entries.values()), copies, draft.preempted)
 
@@ -394,7 +404,21 @@ class Scheduler:
         insort(self._running, seq, key=age)
         seq.status = Status.RUNNING
 
+    def _take_copies(self, draft: Draft) -> None:
+        """Plan the copies that adoptions left."""
+        draft.copies, self._copies = self._copies, {}
+        for source in draft.copies.values():
+            draft.held[source] += 1
+
+    def _drop_copies(self, seq: Sequence) -> None:
+        """Forget a copy that was to be the last block of ``seq``."""
+        source = self._copies.pop(seq.block_table[-1], None) if seq.block_table else None
+        if source is not None:
+            self.pool.release(source)
+
     def _free_blocks(self, seq: Sequence) -> None:
+        if self._copies:
+            self._drop_copies(seq)
         for block in reversed(seq.block_table):
             self.pool.release(block)
         seq.block_table = []

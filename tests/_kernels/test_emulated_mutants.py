@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from llmapi._kernels import OPS, sample_cuda
 from tests.emulator import build, cases
 from tests.emulator.gpu import EmulatedGpu, EmulationError
+from tests.gpu import test_beam as beam_tests
 from tests.gpu import test_sample as sample_tests
 
 torch.set_num_threads(1)
@@ -52,6 +54,23 @@ def masks(gpu: EmulatedGpu) -> None:
     sample_tests.test_masks(gpu, 1003, 30, torch.float32, cases.SEED)  # type: ignore[arg-type]
 
 
+def beams(
+    vocab: int, requests: list[tuple[int, int]], dtype: torch.dtype = torch.float32, spread: float = 3.0
+) -> Check:
+    def check(gpu: EmulatedGpu) -> None:
+        n = sum(rows for rows, _ in requests)
+        x = beam_tests.noise(n, vocab, cases.SEED, dtype)
+        beam_tests.check(gpu, x, beam_tests.beam_scores(n, cases.SEED, spread), requests)  # type: ignore[arg-type]
+
+    return check
+
+
+def tied_beams(gpu: EmulatedGpu) -> None:
+    requests = [(1, 8), (2, 900), (1, 300)]
+    for x in (torch.zeros(4, 6000), beam_tests.tied_rows(4, 6000, random.Random(cases.SEED), torch.float32)):
+        beam_tests.check(gpu, x, torch.tensor([0.0, -1.0, -1.0, -1e9]), requests)  # type: ignore[arg-type]
+
+
 CHECKS: dict[str, Check] = {
     **{name: operator(name) for name in ("rms_norm", "add_rms_norm", "add_layer_norm", "gated_activation")},
     **{name: operator(name) for name in ("rotary_cos_sin", "rotary_kv_write")},
@@ -70,6 +89,21 @@ CHECKS: dict[str, Check] = {
     "logprobs": lambda gpu: sample_tests.test_logprobs(gpu, 5003, torch.float32, 6, cases.SEED),  # type: ignore[arg-type]
     "clusters": clusters,
     "masks": masks,
+    "beams": beams(5003, [(4, 8), (1, 1), (2, 24)], torch.bfloat16),
+    "beams many": beams(9000, [(1, 400)], torch.bfloat16),
+    "beams by bits": beams(7000, [(1, 1000)]),
+    "beams merged": beams(900, [(12, 1000)], spread=60.0),
+    "beams wide": beams(61, [(200, 30)]),
+    "beams lacking": beams(11, [(3, 40)]),
+    "beam ties": tied_beams,
+    "beams few": lambda gpu: beam_tests.few_possible(gpu, (5003,), cases.SEED),  # type: ignore[arg-type]
+    "beam failures": lambda gpu: beam_tests.test_failures(gpu),  # type: ignore[arg-type]
+    "beam edits": lambda gpu: beam_tests.test_edits(gpu, 4096, torch.float32, cases.SEED),  # type: ignore[arg-type]
+    "beam NaN": lambda gpu: beam_tests.test_an_edited_row_that_is_nan_fails(gpu),  # type: ignore[arg-type]
+    "beam clusters": beams(4200, [(4, 8), (14, 30)], torch.bfloat16),
+    "beam tables": lambda gpu: beam_tests.test_tables(gpu, True, cases.SEED),  # type: ignore[arg-type]
+    "beam tables apart": lambda gpu: beam_tests.test_tables(gpu, False, cases.SEED),  # type: ignore[arg-type]
+    "beam counts": lambda gpu: beam_tests.test_counts(gpu, True, cases.SEED),  # type: ignore[arg-type]
 }
 
 MUTANTS: list[tuple[str, str, str, str]] = [
@@ -132,20 +166,67 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("sample.cu", "round < 10", "round < 9", "draws"),
     ("sample.cu", "larger < row.top_k", "larger <= row.top_k", "draws"),
     ("sample.cu", "kept = kept && ahead < share_up(row.top_p, total);", "", "draws"),
-    ("sample.cu", "x < 0 ? __fmul_rn(x, row.repetition)", "x < 0 ? __fdiv_rn(x, row.repetition)", "draws"),
-    ("sample.cu", "count &= 0x7fffffff;", "", "draws"),
-    ("sample.cu", "row.edited[edits[i].id] += edits[i].value", "row.edited[edits[i].id] = edits[i].value", "draws"),
+    ("rows.cuh", "x < 0 ? __fmul_rn(x, row.repetition)", "x < 0 ? __fdiv_rn(x, row.repetition)", "draws"),
+    ("rows.cuh", "count &= 0x7fffffff;", "", "draws"),
+    ("rows.cuh", "row.edited[edits[i].id] += edits[i].value", "row.edited[edits[i].id] = edits[i].value", "draws"),
     ("sample.cu", "id = x == top ? min(id, i) : id", "id = x == top ? i : id", "greedy ties"),
     ("sample.cu", "if (lane == 31) s.scan[warp] = up_to;\n  __syncthreads();",
      "if (lane == 31) s.scan[warp] = up_to;", "draws"),
     ("sample.cu", "if (lane == 0) s.mass[warp] = mine;\n  team_sync();", "if (lane == 0) s.mass[warp] = mine;", "ties"),
     ("sample.cu", "5.0000001201e-1f", "5.01e-1f", "logprobs"),
     ("sample.cu", "rank += peer(s.ahead, r)", "rank += s.ahead", "clusters"),
-    ("sample.cu", "ptx::barrier_cluster();", "__syncthreads();", "clusters"),
+    ("rows.cuh", "ptx::barrier_cluster();", "__syncthreads();", "clusters"),
+    ("step.cu", "count ? *count :", "count ? 1 :", "step"),
+    ("step.cu", "pair += gridDim.x", "pair += gridDim.x + 1", "step"),
+    ("rows.cuh", "make_float4(value(", "make_float4((", "beam edits"),
+    ("beam.cu", "LOG2E = 1.44269504f", "LOG2E = 1.4427f", "beams"),
+    ("beam.cu", "__fsub_rn(element<scalar_t>(vector, e), top)", "element<scalar_t>(vector, e)", "beams"),
+    ("beam.cu", "SUPPORT = 32.0f", "SUPPORT = 8.0f", "beams"),
+    ("beam.cu", "return __fsub_rn(__fsub_rn(x, top), log_sum);",
+     "return __fsub_rn(x, __fadd_rn(top, log_sum));", "beams"),
+    ("beam.cu", "beam << TOKEN_BITS |", "", "beams"),
+    ("beam.cu", "rank += list[i] < own", "rank += list[i] <= own", "beams"),
+    ("beam.cu", "== !(a & width)", "== !(b & stride)", "beams many"),
+    ("beam.cu", "if (stride > 32 ||", "if (stride > 64 ||", "beams many"),
+    ("beam.cu", "(stride == 1 && width > 32)", "(stride == 1 && width > 64)", "beams many"),
+    ("beam.cu", "list[i] = ~0ull", "list[i] = 0", "beams many"),
+    ("beam.cu", "if (want <= n && n <= LIST) return n;", "return n;", "beam ties"),
+    ("beam.cu", "if (want <= n && n <= LIST) return n;", "if (n <= LIST) return n;", "beams few"),
+    ("beam.cu", "ahead += i < warp ? s.scan[i] : 0", "ahead += s.scan[i]", "beams"),
+    ("beam.cu", "if (run) atomicAdd(&s.count[pending], run);\n          pending", "pending", "beams by bits"),
+    ("beam.cu", "falling_key(score) >> shift <= prefix", "falling_key(score) >> shift < prefix", "beams by bits"),
+    ("beam.cu", "return score > last; });", "return score >= last; });", "beam ties"),
+    ("beam.cu", "for (int i = 0; i < warp; i++) start += s.scan[i];", "", "beam ties"),
+    ("beam.cu", "< left) put(", "+ 1 < left) put(", "beam ties"),
+    ("beam.cu", "beam, begin + i);", "beam, i);", "beam clusters"),
+    ("beam.cu", "score(view.at(begin + i))", "score(view.at(i))", "beam clusters"),
+    ("beam.cu", "s.mass[warp] = mass;\n  team_sync();", "s.mass[warp] = mass;\n  __syncthreads();", "beam clusters"),
+    ("beam.cu", "peer(s.mass[i % WARPS], i / WARPS)", "s.mass[i % WARPS]", "beam clusters"),
+    ("beam.cu", "return nans ? nans : ", "return nans ? 1 : ", "beam failures"),
+    ("beam.cu", "&& score < INFINITY_F", "", "beam failures"),
+    ("beam.cu", "atomicMin(&s.failed, i);", "s.failed = i;", "beam failures"),
+    ("beam.cu", "if (!row.given) edit", "edit", "beam edits"),
+    ("beam.cu", "thread_max(edited), best", "own, best", "beam NaN"),
+    ("beam.cu", "kept = min(n, want);", "", "beams merged"),
+    ("beam.cu", "    lives = s.lives, room", "    lives = 0, room", "beams merged"),
+    ("beam.cu", "min(s.next[own] + each,", "min(s.next[own] + each + 1,", "beams merged"),
+    ("beam.cu", "if (at >= s.count[own]) continue;", "", "beams lacking"),
+    ("beam.cu", "Found own = found[beam * SPLIT];", "Found own = found[0];", "beams"),
+    ("beam_reorder.cu", "atomicMin(&heads[parents[i]], i)", "heads[parents[i]] = i", "beam tables"),
+    ("beam_reorder.cu", "heads[parent] == row", "false", "beam tables"),
+    ("beam_reorder.cu", "&& i < request.first, all", ", all", "beam tables"),
+    ("beam_reorder.cu", "(i < warp ? forks[i] : 0)", "0", "beam tables"),
+    ("beam_reorder.cu", "lengths[parent] % block_size == 0 && spare >= 0", "false", "beam tables"),
+    ("beam_reorder.cu", "__syncthreads();  // all tables are read", "", "beam tables"),
+    ("beam_reorder.cu", "max(0, tokens[row])", "tokens[row]", "beam tables"),
+    ("beam_reorder.cu", "/ block_size + 1, width)", "/ block_size, width)", "beam tables apart"),
+    ("beam_reorder.cu", "&& lengths[parent] / block_size < width", "&& true", "beam tables"),
+    ("beam_reorder.cu", "+ (column == tokens[row])", "", "beam counts"),
+    ("beam_reorder.cu", "__syncthreads();  // all counts are read", "", "beam counts"),
     ("sample.cu", "from += n;", "", "clusters"),
-    ("sample.cu", "mask[id >> 5] >> (id & 31) : 0", "mask[id >> 5] >> (id & 15) : 0", "masks"),
-    ("sample.cu", "allowed >> (e + 3) & 1", "allowed >> (e + 2) & 1", "masks"),
-    ("sample.cu", "!(mask[id >> 5] >> (id & 31) & 1)", "!(mask[id >> 5] >> (id & 31))", "masks"),
+    ("rows.cuh", "mask[id >> 5] >> (id & 31) : 0", "mask[id >> 5] >> (id & 15) : 0", "masks"),
+    ("rows.cuh", "allowed >> (e + 3) & 1", "allowed >> (e + 2) & 1", "masks"),
+    ("rows.cuh", "!(mask[id >> 5] >> (id & 31) & 1)", "!(mask[id >> 5] >> (id & 31))", "masks"),
 ]  # fmt: skip
 
 
@@ -156,7 +237,7 @@ def small_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(folder: Path, check: str, sources: build.Sources | None = None) -> EmulatedGpu:
     """A GPU on which 20 rows are split over two blocks each, where there are clusters."""
-    return EmulatedGpu(folder, sms=40, capability=(9, 0) if check == "clusters" else (8, 0), sources=sources)
+    return EmulatedGpu(folder, sms=40, capability=(9, 0) if check.endswith("clusters") else (8, 0), sources=sources)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -65,6 +65,22 @@ def test_ragged_searches(vocab: int, dtype: torch.dtype) -> None:
             assert len(own.scores) == ask.count
 
 
+def test_rows_of_others_are_left_alone() -> None:
+    """Few beams in a step of many rows: the search sees the beams' alone."""
+    seen: list[int] = []
+
+    def watched(x: torch.Tensor, spans: Spans, normalized: bool) -> torch.Tensor:
+        seen.append(len(x))
+        return select(x, spans, normalized)
+
+    torch.manual_seed(3)
+    logits = torch.randn(40, 50)
+    asks = [BeamAsk(search(2), [-1.0, -2.0], 30, 4), BeamAsk(search(1), [0.0], 7, 3)]
+    for ask, own in zip(asks, Candidates(50, LogitEdits(50), watched).start(logits, asks).result(), strict=True):
+        check(own, brute(logits.double().log_softmax(1), ask), exact=True)
+    assert seen == [3]
+
+
 def test_equal_scores_stand_by_row_and_then_by_token() -> None:
     x = torch.zeros(4, 600)
     x[1:3, 17] = 2.0

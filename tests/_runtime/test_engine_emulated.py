@@ -182,4 +182,23 @@ def test_beams_are_those_of_transformers(llm: LLM, truth: Truth) -> None:
         assert [o.token_ids for o in outputs[i].outputs] == [ids for ids, _ in expected]
         assert [o.score for o in outputs[i].outputs] == pytest.approx([s for _, s in expected], abs=1e-4)
     assert outputs[1].outputs[0].token_ids == truth.greedy(prompts[1], 9)
+    assert llm._loop._sampler.candidates._select.launches > 10  # type: ignore[attr-defined]
+    until(lambda: idle(llm))
+
+
+def test_guided_beams_beside_others(llm: LLM, truth: Truth) -> None:
+    """Masked rows of a search are found by torch's operators, those of another by the kernels."""
+    pytest.importorskip("llguidance", reason="the extra [guided] is not installed")
+    prompts = prompts_of([12, 5, 9], seed=7)
+    texts = ["abba", "cab", "bcb", "faced"]
+    params = [
+        SamplingParams(use_beam_search=True, beam_width=4, n=4, max_tokens=9, guided_decoding={"choice": texts}),
+        SamplingParams(use_beam_search=True, beam_width=2, max_tokens=6, ignore_eos=True),
+        greedy(8),
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert sorted(o.text for o in outputs[0].outputs) == sorted(texts)
+    alone = llm.generate(prompts[1], params[1])
+    assert outputs[1].outputs[0].token_ids == alone.outputs[0].token_ids
+    assert outputs[2].outputs[0].token_ids == truth.greedy(prompts[2], 8)
     until(lambda: idle(llm))

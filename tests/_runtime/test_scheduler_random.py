@@ -282,7 +282,9 @@ class World:
     def check(self, *, copied: bool = True) -> None:
         scheduler, size = self.scheduler, self.load.block_size
         running, waiting = scheduler.running, scheduler.waiting + scheduler.parked
-        self.pool.check(seq.block_table for seq in running)
+        due = scheduler.copies_due
+        self.pool.check([*(seq.block_table for seq in running), *([source] for source in due.values())])
+        assert not set(due) & set(due.values()) and set(due) <= {b for seq in running for b in seq.block_table}
         assert sorted(map(id, running + waiting)) == sorted(map(id, self.live)), "a sequence got lost"
         for request in {seq.request for seq in self.live if seq.request.lockstep}:
             assert request.sequences[0] not in scheduler.parked, "nobody is waited for"
@@ -307,9 +309,10 @@ class World:
 
     def check_contents(self, seq: Sequence, count: int) -> None:
         """Every token computed so far is where the block table says, computed from the same history."""
-        history, size = self.history(seq), self.load.block_size
+        history, size, due = self.history(seq), self.load.block_size, self.scheduler.copies_due
         for position in range(count):
-            found = self.kv.get((seq.block_table[position // size], position % size))
+            block = seq.block_table[position // size]
+            found = self.kv.get((due.get(block, block), position % size))
             assert found == history[position], f"token {position} of {count} is not what the block table points at"
 
     def check_written(self, block: int) -> None:
@@ -427,7 +430,7 @@ FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
     "a copy does not hold its source": (
         scheduler,
         [
-            ("draft.held[source] += 1", "self.pool.release(source)"),
+            ("draft.held[source] += 1\n        for _ in", "self.pool.release(source)\n        for _ in"),
             ("draft.held[source] -= 1\n                self.pool.release(source)", "pass"),
             ("for source in draft.copies.values():\n            self.pool.release(source)", "pass"),
         ],
@@ -456,7 +459,10 @@ FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
         [("full = seq.num_computed // size", "full = len(seq.block_table)")],
     ),
     "the token budget is ignored": (scheduler, [("draft.tokens -= count", "pass")]),
-    "the batch size is ignored": (scheduler, [("draft.tokens -= count\n        draft.slots -= 1", "draft.tokens -= count")]),
+    "the batch size is ignored": (
+        scheduler,
+        [("draft.tokens -= count\n        draft.slots -= 1", "draft.tokens -= count")],
+    ),
     "the oldest is preempted": (
         scheduler,
         [("victim = self._running[-1]", "victim = self._running[0]"), ("self._running.pop()", "self._running.pop(0)")],
@@ -468,6 +474,12 @@ FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
     "an heir keeps a block": (
         lockstep,
         [("for block in reversed(old[same:]):\n        pool.release(block)", "pass")],
+    ),
+    "a copy that is due is forgotten": (scheduler, [("self._copies[copy[1]] = copy[0]", "pass")]),
+    "a copy that is due owns nothing": (lockstep, [("pool.retain(new[last])\n", "pass\n")]),
+    "an ended heir's copy stays due": (
+        scheduler,
+        [("if self._copies:\n            self._drop", "if False:\n            self._drop")],
     ),
     "an heir owns nothing": (lockstep, [("for block in new[same:]:\n        pool.retain(block)", "pass")]),
     "an heir shares a table": (lockstep, [("heir.block_table = new.copy()", "heir.block_table = new")]),
