@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmapi._build.report import BuildReport
     from llmapi._runtime.results import RequestFuture
+    from llmapi.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from llmapi.config import KvCacheConfig
     from llmapi.errors import (
         BuildError,
@@ -40,6 +41,9 @@ __version__ = "0.1.0"
 
 # Where each public name lives: modules are loaded on first use, so importing llmapi costs nothing.
 _HOMES = {
+    "BeamSearchOutput": "beam_search",
+    "BeamSearchParams": "beam_search",
+    "BeamSearchSequence": "beam_search",
     "BuildError": "errors",
     "BuildReport": "_build.report",
     "CacheError": "errors",
@@ -70,6 +74,9 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "BuildError",
     "BuildReport",
     "CacheError",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmapi._runtime.request import Request
     from llmapi._runtime.results import RequestFuture
     from llmapi._tokenizer import Tokenizer
+    from llmapi.beam_search import BeamSearchOutput, BeamSearchParams
 
 Message = Mapping[str, Any]
 log = logging.getLogger("llmapi")
@@ -162,6 +163,8 @@ class LLM:
             end_token_ids=ends,
             seed=seed,
             grammars=grammars,
+            block_size=config.block_size,
+            max_batch_size=config.max_batch_size,
         )
         # The loop knows nothing of this object: dropping the last reference to it, or leaving Python, closes the loop.
         self._closer = weakref.finalize(self, _close, grammars, self._loop, prepared.builder)
@@ -210,6 +213,35 @@ class LLM:
         params = pair_params(len(items), sampling_params, SamplingParams())
         outputs = self._run([self._maker_for(p, s) for p, s in zip(items, params, strict=True)], items, use_tqdm)
         return outputs[0] if single else outputs
+
+    def beam_search(
+        self, prompts: Any, params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> BeamSearchOutput | list[BeamSearchOutput]:
+        """Search for the most probable continuations, under vLLM's names.
+
+        It is ``generate`` with ``use_beam_search=True``, which has more options and runs beside any other requests.
+
+        Args:
+            prompts: as in :meth:`generate`.
+            params: of all prompts.
+            use_tqdm: as in :meth:`generate`.
+
+        Returns:
+            one output for one prompt, or a list in the order of the prompts.
+
+        Raises:
+            ConfigError: ``params`` is no :class:`BeamSearchParams`.
+            RequestError: as in :meth:`generate`.
+        """
+        from llmapi.beam_search import BeamSearchOutput, BeamSearchParams
+
+        if not isinstance(params, BeamSearchParams):
+            raise ConfigError(f"params={params!r}: give a BeamSearchParams(beam_width=4, max_tokens=64), for example")
+        found = self.generate(prompts, params.sampling_params(), use_tqdm=use_tqdm)
+        tokenizer = self._prepared.tokenizer
+        decode = None if tokenizer is None else lambda ids: tokenizer.decode(ids, True, True)
+        outputs = [BeamSearchOutput.of(o, params, decode) for o in (found if isinstance(found, list) else [found])]
+        return outputs if isinstance(found, list) else outputs[0]
 
     def chat(
         self,

@@ -34,7 +34,8 @@ class CompletionOutput:
     """One generated sequence of a request.
 
     Attributes:
-        index: position among the request's ``n`` sequences; with ``best_of``, by falling ``cumulative_logprob``.
+        index: position among the request's ``n`` sequences; those of a beam search stand best first, and those of
+            ``best_of`` by falling ``cumulative_logprob``.
         text: generated text, empty when the request has ``detokenize=False``.
         token_ids: generated ids, the stop token included where one ended the sequence.
         cumulative_logprob: sum of the log probabilities of ``token_ids``; None unless ``logprobs`` or ``best_of`` was
@@ -44,6 +45,8 @@ class CompletionOutput:
             ``max_seq_len``), ``"abort"``, ``"error"``, or None while the sequence is still growing.
         stop_reason: the stop string or stop token id that ended the sequence; None for the model's own end token.
         logits: ``[len(token_ids), vocab_size]`` float32 raw logits where ``return_logits`` asked for them.
+        score: of a beam search: the sum of the log probabilities after penalties and other edits, over the number of
+            tokens to the power of ``length_penalty``; None otherwise.
     """
 
     index: int
@@ -54,6 +57,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logits: torch.Tensor | None = None
+    score: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -104,6 +108,8 @@ class RequestMetrics:
         finished_time: from arrival to its end.
         token_times: from arrival to each step that produced a token for it.
         preemptions: how often it lost its KV blocks and was recomputed.
+        beam_kv_blocks: of a beam search: the most KV blocks that its beams held, those that they share counted once;
+            looked at every eighth token and at the end. None otherwise.
     """
 
     arrival_time: float
@@ -112,6 +118,7 @@ class RequestMetrics:
     finished_time: float | None = None
     token_times: list[float] = field(default_factory=list)
     preemptions: int = 0
+    beam_kv_blocks: int | None = None
 
     @property
     def time_per_output_token(self) -> float | None:

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 LogitsProcessor = Callable[..., "torch.Tensor"]
 ReturnLogits = Literal["context", "generation", "both"]
+EarlyStopping = bool | Literal["never"]
 
 _MAX_LOGPROBS = 1024
 _MAX_N = 1024
+_MAX_BEAMS = 256
+_MAX_LENGTH_PENALTY = 32.0  # 2**17 tokens to this power are near the largest float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,17 @@ class SamplingParams:
         best_of: sample this many sequences from the prompt and return the ``n`` of them with the largest cumulative log
             probability, best first. From ``n`` to 1024; None is ``n``, in the order in which they were drawn.
         structured_outputs: another name of ``guided_decoding``; it becomes None.
+        use_beam_search: search for the most probable sequences instead of sampling; ``n`` is then how many of them are
+            returned. ``temperature`` has no meaning, and ``top_k``, ``top_p`` and ``min_p`` must be off.
+        beam_width: sequences that are kept at each step; None is ``n``, where that is above 1. From 1 (greedy) to 256.
+        length_penalty: finished sequences are compared by the sum of their log probabilities over their number of new
+            tokens to this power; larger values prefer longer ones. In [-32, 32].
+        early_stopping: when ``beam_width`` sequences are finished, True ends the search at once, False as soon as what
+            runs would not be better if it ended now, ``"never"`` once it cannot become better.
+        num_beam_groups: groups of beams that search one after the other, away from the groups before
+            (Vijayakumar et al. 2016, arXiv:1610.02424); divides ``beam_width``.
+        diversity_penalty: taken off a token's score for each beam of an earlier group with the same token in the same
+            step. At least 0; needs groups.
 
     Raises:
         ConfigError: an unknown name or a value outside its range; the message gives both.
@@ -99,6 +113,12 @@ class SamplingParams:
     guided_decoding: GuidedDecodingParams | Mapping[str, Any] | None = None
     structured_outputs: GuidedDecodingParams | Mapping[str, Any] | None = None
     best_of: int | None = None
+    use_beam_search: bool = False
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         valid = [f.name for f in fields(cls)]
@@ -125,7 +145,8 @@ class SamplingParams:
         self._whole("prompt_logprobs", 0, _MAX_LOGPROBS, optional=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ConfigError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: change one")
-        if self.n > 1 and self.temperature == 0:
+        self._check_beams()
+        if self.n > 1 and self.temperature == 0 and not self.use_beam_search:
             raise ConfigError(
                 f"n={self.n} with temperature=0 would give {self.n} equal sequences: set temperature above 0, or n=1"
             )
@@ -165,6 +186,11 @@ class SamplingParams:
         return 0 if self.logprobs is None and self.num_drawn > self.n else self.logprobs
 
     @property
+    def num_beams(self) -> int:
+        """Beams of the search; 1 without one."""
+        return (self.beam_width or self.n) if self.use_beam_search else 1
+
+    @property
     def returns_context_logits(self) -> bool:
         """Whether the raw logits of the prompt are kept."""
         return self.return_logits in ("context", "both")
@@ -178,6 +204,55 @@ class SamplingParams:
     def needs_prompt_logits(self) -> bool:
         """Whether every prompt position must be projected to the vocabulary."""
         return self.prompt_logprobs is not None or self.returns_context_logits
+
+    def _check_beams(self) -> None:
+        if not isinstance(self.use_beam_search, bool):
+            raise ConfigError(f"use_beam_search={self.use_beam_search!r}: give True or False")
+        self._whole("beam_width", 1, _MAX_BEAMS, optional=True)
+        self._real("length_penalty", -_MAX_LENGTH_PENALTY, _MAX_LENGTH_PENALTY)
+        self._whole("num_beam_groups", 1, _MAX_BEAMS)
+        self._real("diversity_penalty", 0.0, math.inf)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ConfigError(unknown_name("early_stopping", self.early_stopping, [True, False, "never"]))
+        if not self.use_beam_search:
+            for name in ("beam_width", "length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty"):
+                if getattr(self, name) != _BEAM_DEFAULTS[name]:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} means something in beam search only: add use_beam_search=True"
+                    )
+            return
+        width = self.beam_width
+        if width is None and self.n == 1:
+            raise ConfigError("use_beam_search=True needs a width: add beam_width=4, for example")
+        if width is not None and self.n > width:
+            raise ConfigError(
+                f"n={self.n} is more than beam_width={width}: a search returns no more sequences than it has beams"
+            )
+        if self.n > _MAX_BEAMS:
+            raise ConfigError(f"n={self.n} without beam_width asks for {self.n} beams: at most {_MAX_BEAMS}")
+        if self.best_of is not None:
+            raise ConfigError(
+                f"best_of={self.best_of} with use_beam_search=True: beam search draws nothing. Give beam_width instead"
+            )
+        for name, off in (("temperature", (0, 1)), ("top_k", (0, -1)), ("top_p", (1,)), ("min_p", (0,))):
+            if getattr(self, name) not in off:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} with use_beam_search=True: beam search draws nothing. Leave {name} "
+                    "out, or sample with use_beam_search=False"
+                )
+        if self.num_beams % self.num_beam_groups:
+            raise ConfigError(
+                f"num_beam_groups={self.num_beam_groups} does not divide the {self.num_beams} beams into equal groups"
+            )
+        if self.diversity_penalty and self.num_beam_groups == 1:
+            raise ConfigError(
+                f"diversity_penalty={self.diversity_penalty} needs num_beam_groups above 1: it acts between groups"
+            )
+        if self.num_beam_groups > 1 and not self.diversity_penalty:
+            raise ConfigError(
+                f"num_beam_groups={self.num_beam_groups} without diversity_penalty gives {self.num_beam_groups} equal "
+                "groups: set diversity_penalty above 0"
+            )
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -260,3 +335,6 @@ class SamplingParams:
         if value not in ("context", "generation", "both"):
             raise ConfigError(unknown_name("return_logits value", value, ["context", "generation", "both"]))
         return str(value)
+
+
+_BEAM_DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}

@@ -22,6 +22,8 @@ DEFAULTS = {
     "skip_special_tokens": True, "spaces_between_special_tokens": True, "min_tokens": 0, "max_tokens": 256,
     "logprobs": None, "prompt_logprobs": None, "logits_processors": (), "detokenize": True, "return_logits": False,
     "guided_decoding": None, "structured_outputs": None, "best_of": None,
+    "use_beam_search": False, "beam_width": None, "length_penalty": 1.0, "early_stopping": False, "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
 }  # fmt: skip
 
 

@@ -63,6 +63,15 @@ SAMPLING = (
         "guided_decoding", "what the text must be: arguments of GuidedDecodingParams, {\"regex\": \"[0-9]+\"} say",
         {"type": values.arguments, "metavar": "JSON"},
     ),
+    Option("use_beam_search", "search for the most probable sequences instead of sampling", _SWITCH),
+    Option("beam_width", "sequences that a beam search keeps at each step", _WHOLE),
+    Option("length_penalty", "of a beam search: above 1 favours longer sequences (1)", _NUMBER),
+    Option(
+        "early_stopping", "of a beam search: true, false or never (false)",
+        {"type": values.early_stopping, "metavar": "WHEN"},
+    ),
+    Option("num_beam_groups", "groups of beams that search away from each other (1)", _WHOLE),
+    Option("diversity_penalty", "what a token loses for each beam of an earlier group that takes it (0)", _NUMBER),
     Option("detokenize", "make text of the output (yes); without it only --json shows the ids", _SWITCH),
 )  # fmt: skip
 """The fields of SamplingParams that can be typed: all but functions, tensors and other names of the same."""

@@ -44,6 +44,11 @@ def whole_or_none(text: str) -> int | None:
     return None if text.lower() == "none" else whole(text)
 
 
+def early_stopping(text: str) -> bool | str:
+    """``true``, ``false`` or ``never``."""
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 def wholes(text: str) -> list[int]:
     """Whole numbers with commas between them.
 

@@ -42,6 +42,17 @@ def build_batch(plan: StepPlan, block_size: int, prompt_rows_done: Callable[[Ent
     for entry in plan.entries:
         seq, stop = entry.seq, entry.start + entry.count
         first_row = len(batch.input_ids)
+        if entry.count == 1 and seq.num_prompt <= entry.start == len(seq.token_ids) - 1:  # most entries
+            start, table = entry.start, seq.block_table
+            batch.input_ids.append(seq.token_ids[start])
+            batch.positions.append(start)
+            batch.slot_mapping.append(table[start // block_size] * block_size + start % block_size)
+            batch.block_tables.append(table)
+            batch.seq_lens.append(stop)
+            batch.query_start.append(first_row + 1)
+            batch.logits_indices.append(first_row)
+            batch.logits_rows.append(1)
+            continue
         batch.input_ids += seq.token_ids[entry.start : stop]
         batch.positions += range(entry.start, stop)
         table = seq.block_table

@@ -69,6 +69,9 @@ class BlockPool:
     A pool full of cached blocks has no runs left, only the holes that partial blocks leave. ``spare`` is the share of
     the pool that is kept empty for the sake of runs, by evicting early whenever a new place is sought. On a GPU, which
     gathers anyway, leave it at 0.
+
+    Attributes:
+        counts: by block, how many owners it has; only to be read.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class BlockPool:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.stats = CacheStats()
-        self._counts = [0] * num_blocks
+        self.counts = [0] * num_blocks
         self._empty = FreeRuns(num_blocks)
         self._cached: OrderedDict[int, None] = OrderedDict()  # free, with a hash; least recently used first
         self._hash_of: dict[int, bytes] = {}
@@ -97,7 +100,7 @@ class BlockPool:
 
     def count(self, block: int) -> int:
         """How many owners ``block`` has; 0 when it is free."""
-        return self._counts[block]
+        return self.counts[block]
 
     def hash_of(self, block: int) -> bytes | None:
         """The hash under which ``block`` can be found, if any."""
@@ -122,20 +125,20 @@ class BlockPool:
             while self._cached and self._num_free - len(self._cached) < self._min_empty:
                 self._evict()
             start, length = self._empty.roomiest()
-            block = start if start == 0 or not self._counts[start - 1] else start + length // 2
+            block = start if start == 0 or not self.counts[start - 1] else start + length // 2
             self._empty.take(start, block)
-        self._counts[block] = 1
+        self.counts[block] = 1
         self._num_free -= 1
         return block
 
     def retain(self, block: int) -> None:
         """Add an owner to a live block, or revive a cached one just found by :meth:`lookup`."""
-        count = self._counts[block]
+        count = self.counts[block]
         if not count:
             assert block in self._hash_of, f"block {block} is empty: there is nothing to share"
             del self._cached[block]
             self._num_free -= 1
-        self._counts[block] = count + 1
+        self.counts[block] = count + 1
 
     def release(self, block: int) -> None:
         """Take an owner away; without one the block is free, and stays findable while it has a hash.
@@ -143,9 +146,9 @@ class BlockPool:
         Release a sequence's blocks last one first: of two blocks released, the earlier released is evicted first, and a
         block is of no use without those before it.
         """
-        count = self._counts[block] - 1
+        count = self.counts[block] - 1
         assert count >= 0, f"block {block} has no owner left to release it"
-        self._counts[block] = count
+        self.counts[block] = count
         if not count:
             self._num_free += 1
             if block in self._hash_of:
@@ -161,7 +164,7 @@ class BlockPool:
         """
         if not self.enable_prefix_caching or digest in self._block_of:
             return
-        assert self._counts[block], f"block {block} is free: only its owner may register it"
+        assert self.counts[block], f"block {block} is free: only its owner may register it"
         assert block not in self._hash_of, f"block {block} is registered already, under another hash"
         self._block_of[digest] = block
         self._hash_of[block] = digest
@@ -177,9 +180,9 @@ class BlockPool:
     def check(self, owners: Iterable[Iterable[int]]) -> None:
         """Assert the invariants at the top of this module; ``owners`` are the block tables of all owners. For tests."""
         expected = Counter(block for table in owners for block in table)
-        for block, count in enumerate(self._counts):
+        for block, count in enumerate(self.counts):
             assert count == expected[block], f"block {block} is counted {count} times, owned {expected[block]} times"
-        live = {block for block, count in enumerate(self._counts) if count}
+        live = {block for block, count in enumerate(self.counts) if count}
         empty, cached = set(self._empty.items()), set(self._cached)
         assert not live & empty and not live & cached, f"free and live: {sorted(live & (empty | cached))}"
         assert not empty & cached, f"empty and cached: {sorted(empty & cached)}"

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from llmapi._runtime.candidates import BeamAsk, PendingCandidates
 from llmapi._runtime.job import Job
 from llmapi._runtime.sampler import Sampled, SampleRow
 
@@ -23,6 +24,21 @@ class Pending(Protocol):
 
 
 @dataclass(slots=True)
+class BeamTurn:
+    """A search's part of a step.
+
+    Attributes:
+        job: whose.
+        first_ask: place of its asks among those of the step.
+        asks: what it wants to know; see :meth:`llmapi._runtime.beam_run.BeamRun.asks`.
+    """
+
+    job: Job
+    first_ask: int
+    asks: list[BeamAsk]
+
+
+@dataclass(slots=True)
 class Flight:
     """A launched step.
 
@@ -34,12 +50,16 @@ class Flight:
         pending: the tokens; None where no row is sampled.
         overlaps: whether the next step may be planned before the tokens are known.
         probed: jobs whose probe took its last row.
+        turns: searches that take part.
+        candidates: what they wait for; None where there are none.
     """
 
     rows: list[SampleRow]
     pending: Pending | None
     overlaps: bool
     probed: list[Job] = field(default_factory=list)
+    turns: list[BeamTurn] = field(default_factory=list)
+    candidates: PendingCandidates | None = None
     _reserved: list[bool] = field(default_factory=list)
 
     def reserve(self) -> None:

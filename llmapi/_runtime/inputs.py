@@ -94,6 +94,8 @@ class RequestMaker:
         end_token_ids: ids that end a sequence for this model.
         grammars: compiles those of guided decoding.
         seed: of the LLM; requests without one draw theirs from it, in order. None draws from the system.
+        block_size: tokens of a KV block.
+        max_batch_size: sequences of a step.
     """
 
     tokenizer: Tokenizer | None
@@ -103,6 +105,8 @@ class RequestMaker:
     end_token_ids: frozenset[int]
     seed: int | None
     grammars: Grammars | None = None
+    block_size: int = 1
+    max_batch_size: int = 1 << 30
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count()
@@ -134,10 +138,22 @@ class RequestMaker:
                 f"the prompt has {len(ids)} tokens, and max_seq_len={self.max_seq_len} leaves room for a prompt of "
                 f"{self.max_seq_len - 1}: shorten it, or make the LLM with a larger max_seq_len"
             )
+        capacity = self._capacity(len(ids), params.num_beams)
         if params.max_tokens is None:  # as far as it goes
-            max_tokens = max(1, min(room, self.capacity_tokens - len(ids)))
+            max_tokens = max(1, min(room, capacity - len(ids)))
         else:
             max_tokens = min(params.max_tokens, room)
+        if params.num_beams > self.max_batch_size:
+            raise RequestError(
+                f"{params.num_beams} beams are more than the {self.max_batch_size} sequences of a step: lower "
+                "beam_width, or make the LLM with a larger max_batch_size"
+            )
+        if len(ids) + max_tokens > capacity and params.num_beams > 1:
+            raise CapacityError(
+                f"{params.num_beams} beams of {len(ids)} prompt tokens, which they share, and {max_tokens} new ones "
+                f"can never fit the KV cache of {self.capacity_tokens} tokens: lower beam_width or max_tokens, or give "
+                "kv_cache_config more memory"
+            )
         if len(ids) + max_tokens > self.capacity_tokens:
             raise CapacityError(
                 f"{len(ids)} prompt tokens and {max_tokens} new ones can never fit the KV cache of "
@@ -204,6 +220,13 @@ class RequestMaker:
             RequestError: one is not.
         """
         self._check_ids(what, ids)
+
+    def _capacity(self, prompt: int, beams: int) -> int:
+        """Most tokens of each of so many sequences that share the full blocks of their prompt, alone in the cache."""
+        if beams == 1:
+            return self.capacity_tokens
+        shared = prompt // self.block_size
+        return (shared + max(0, self.capacity_tokens // self.block_size - shared) // beams) * self.block_size
 
     def _seed(self, number: int) -> int:
         return int.from_bytes(hashlib.sha256(f"{self.seed}:{number}".encode()).digest()[:8], "little")

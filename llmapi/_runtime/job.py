@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from llmapi._runtime.beam_run import BeamRun
 from llmapi._runtime.request import Request, Sequence
 from llmapi._runtime.transcript import Transcript
 from llmapi.errors import LLMAPIError
@@ -43,7 +44,8 @@ class Job:
         tokenizer: for its text; None where the LLM has none.
         listener: called on the loop's thread with the final output, and with each state before it when ``streaming``.
         streaming: whether states before the final one are wanted.
-        records: one per sequence.
+        records: one per sequence; none of a beam search.
+        beams: the search, where the request is one.
         prompt_rows: prompt positions whose rows were seen, or are not wanted, so far.
         error: why it failed.
     """
@@ -53,6 +55,7 @@ class Job:
     listener: Listener
     streaming: bool = False
     records: dict[Sequence, Record] = field(default_factory=dict)
+    beams: BeamRun | None = None
     prompt_rows: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
     prompt_logits: list[torch.Tensor] = field(default_factory=list)
@@ -61,9 +64,12 @@ class Job:
     _started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
+        self.prompt_rows = self.request.first_wanted_row or 0
+        if self.request.params.use_beam_search:
+            self.beams = BeamRun(self.request, self.tokenizer)
+            return
         for seq in self.request.sequences:
             self.records[seq] = Record(Transcript.of(self.request.params, self.tokenizer))
-        self.prompt_rows = self.request.first_wanted_row or 0
 
     @property
     def wants_prompt(self) -> bool:
@@ -97,7 +103,10 @@ class Job:
         metrics = request.metrics
         metrics.preemptions = sum(s.preemptions for s in request.sequences)
         outputs = []
-        for seq in request.sequences:
+        if self.beams is not None:
+            metrics.beam_kv_blocks = self.beams.blocks
+            outputs = self.beams.outputs()
+        for seq in self.records:
             record = self.records[seq]
             logprobs = list(record.logprobs) if params.logprobs is not None else None
             ids = seq.output_ids

@@ -14,8 +14,9 @@ from functools import partial
 import torch
 
 from llmapi._runtime.batch import build_batch, wanted_positions
+from llmapi._runtime.candidates import BeamAsk, Found
 from llmapi._runtime.engine import Engine, run_step
-from llmapi._runtime.flight import Flight
+from llmapi._runtime.flight import BeamTurn, Flight
 from llmapi._runtime.job import Job
 from llmapi._runtime.logprobs import prompt_logprobs
 from llmapi._runtime.plan import Entry, StepPlan
@@ -135,14 +136,16 @@ class EngineLoop:
 
     def _launch(self, plan: StepPlan) -> Flight:
         """Start a step: everything up to its tokens, which :meth:`_land` waits for."""
-        for entry in plan.entries:
-            self._jobs[entry.seq.request].start()
+        for request in {entry.seq.request: None for entry in plan.entries}:
+            self._jobs[request].start()
         batch = build_batch(plan, self._engine.config.block_size, self._prompt_rows_done)
         before = None if self._flight is None or self._flight.pending is None else self._flight.pending.ids
         hidden, logits = run_step(self._engine, plan, batch, before)
         rows: list[SampleRow] = []
         picked: list[int] = []
         probed: list[Job] = []
+        turns: list[BeamTurn] = []
+        asks: list[BeamAsk] = []
         overlaps, first = True, 0
         for entry, count in zip(plan.entries, batch.logits_rows, strict=True):
             job = self._jobs[entry.seq.request]
@@ -153,20 +156,29 @@ class EngineLoop:
                     self._probe(job, entry, logits[first : first + count], probed)
                     first += count
                 continue
-            if job.wants_prompt:
+            if entry.start < entry.seq.num_prompt and job.wants_prompt:
                 self._keep_prompt_rows(job, entry, logits[first : first + count])
-            if entry.produces_logits:
+            if entry.produces_logits and job.beams is not None:
+                if not turns or turns[-1].job is not job:  # the rows of its other beams follow
+                    turns.append(BeamTurn(job, len(asks), job.beams.asks(first + count - 1)))
+                    asks += turns[-1].asks
+            elif entry.produces_logits:
                 rows.append(SampleRow(entry.seq, _draws(entry.seq)))
                 picked.append(first + count - 1)
                 overlaps = overlaps and self._sampler.overlaps(rows[-1])
             first += count
         self.steps += 1
-        if not rows:
+        if not rows and not turns:
             return Flight(rows, None, overlaps=True, probed=probed)
-        if not overlaps:
+        if turns or not overlaps:
             self._land()  # what these rows are sampled by may depend on the tokens before
-        wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked, device=logits.device)]
-        return Flight(rows, self._sampler.start(wanted, rows), overlaps, probed)
+        flight = Flight(rows, None, overlaps and not turns, probed, turns)
+        if turns:
+            flight.candidates = self._sampler.candidates.start(logits, asks)
+        if rows:
+            wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked, device=logits.device)]
+            flight.pending = self._sampler.start(wanted, rows)
+        return flight
 
     def _land(self) -> None:
         """Wait for the tokens of the step in flight, if there is one, and turn them into what happens next."""
@@ -175,6 +187,8 @@ class EngineLoop:
             return
         for job in flight.probed:
             self._end_probe(job)
+        if flight.candidates is not None:
+            self._land_beams(flight, flight.candidates.result())
         if flight.pending is None:
             return
         for row, reserved, sampled in zip(flight.rows, flight.reserved(), flight.pending.result(), strict=True):
@@ -186,6 +200,24 @@ class EngineLoop:
             except Exception as error:  # such as a tokenizer's; the others have no part in it
                 log.exception("request %s failed", owner.request.id)
                 self._fail(owner, error)
+
+    def _land_beams(self, flight: Flight, found: list[Found]) -> None:
+        for turn in flight.turns:
+            job, first = turn.job, turn.first_ask
+            if job.request not in self._jobs:
+                continue
+            assert job.beams is not None and flight.candidates is not None
+            try:
+                job.note_token(self.steps)
+                job.beams.advance(found[first : first + len(turn.asks)], flight.candidates, first, self._scheduler)
+                if job.beams.over:
+                    self._end_job(job, None)
+                elif job.streaming:
+                    job.listener(job.output())
+            except Exception as error:
+                if not isinstance(error, LLMAPIError):
+                    log.exception("request %s failed", job.request.id)
+                self._fail(job, error)
 
     def _admit(self) -> None:
         """Take in what arrived since the last step, and let go of what was aborted."""
@@ -320,12 +352,14 @@ class EngineLoop:
 
     def _end_job(self, job: Job, reason: FinishReason | None) -> None:
         """End the sequences that still run for ``reason``, and tell the listener."""
+        if job.beams is not None and reason is not None:
+            job.beams.stop(reason)
         for seq in job.request.sequences:
             if not seq.finished:
-                assert reason is not None
-                if reason != "error":
+                assert reason is not None or job.beams is not None
+                if seq in job.records and reason != "error":
                     job.records[seq].transcript.finish()
-                self._end_sequence(seq, reason)
+                self._end_sequence(seq, reason or "length")
         self._jobs.pop(job.request, None)
         job.request.metrics.finished_time = job.elapsed()
         job.listener(job.output())

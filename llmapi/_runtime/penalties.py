@@ -23,13 +23,14 @@ class _History:
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
+        self.tokens = sequence.token_ids
         self.size = 0
         self.buffer: npt.NDArray[np.int64] = np.empty(256, dtype=np.int64)
 
     def ids(self) -> npt.NDArray[np.int64]:
         tokens = self.sequence.token_ids
-        if len(tokens) < self.size:
-            self.size = 0
+        if len(tokens) < self.size or tokens is not self.tokens:  # a beam may take the place of another
+            self.tokens, self.size = tokens, 0
         if len(tokens) > len(self.buffer):
             self.buffer = np.concatenate([self.buffer[: self.size], np.empty(len(tokens), dtype=np.int64)])
         self.buffer[self.size : len(tokens)] = tokens[self.size :]

@@ -100,9 +100,11 @@ class Request:
         stop_token_ids: every id that ends a sequence (generation config, tokenizer and params; empty of end tokens
             under ``ignore_eos``).
         priority: arrival order; smaller is served first.
-        sequences: grows from one to ``params.num_drawn`` when the prompt has been computed.
+        sequences: grows from one to ``params.num_drawn``, or to the beams of a search, when the prompt has been
+            computed. Those of a search are the beams that run, by index.
         grammar: what the text follows, once it is compiled.
         probe: what is wanted of the prompt's rows, where nothing is to be generated.
+        lockstep: whether its sequences must be in the same steps: those of a search with several beams.
     """
 
     id: str
@@ -117,8 +119,10 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     grammar: Future[Grammar] | None = None
     probe: Probe | None = None
+    lockstep: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.lockstep = self.params.num_beams > 1
         if not self.sequences:
             self.sequences.append(Sequence(self, 0, list(self.prompt_token_ids), len(self.prompt_token_ids)))
 

@@ -25,9 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmapi._runtime.candidates import Candidates
 from llmapi._runtime.draw import Truncation, argmax, draw
 from llmapi._runtime.logit_edits import Encoder, LogitEdits
 from llmapi._runtime.logprobs import prompt_logprobs, token_logprobs
+from llmapi._runtime.no_choice import no_choice
 from llmapi._runtime.philox import uniforms
 from llmapi._runtime.request import Sequence
 from llmapi.errors import RequestError
@@ -93,6 +95,9 @@ class Sampler:
         vocab_size: width of the logits.
         tokenizer: encodes bad_words and gives logprobs their texts; None where there is none.
 
+    Attributes:
+        candidates: finds the candidates of beam searches.
+
     Example:
         >>> from llmapi._runtime.request import Request
         >>> from llmapi.outputs import RequestMetrics
@@ -107,6 +112,7 @@ class Sampler:
         self._vocab = vocab_size
         self._tokenizer = tokenizer
         self._edits = LogitEdits(vocab_size, tokenizer)
+        self.candidates = Candidates(vocab_size, self._edits)
 
     def overlaps(self, row: SampleRow) -> bool:
         """Whether the next step may be planned before this row's tokens are known to the host: never, here."""
@@ -161,7 +167,7 @@ class Sampler:
             for j, value, token in zip(greedy, values.tolist(), ids.tolist(), strict=True):
                 i = members[j]
                 if value != value or value == -torch.inf:
-                    results[i].error = _no_choice(raw[i], x[j], rows[i].sequence)
+                    results[i].error = no_choice(raw[i], x[j], rows[i].sequence)
                 else:
                     results[i].token_ids = [token] * rows[i].count
         drawn = [j for j, i in enumerate(members) if not rows[i].sequence.request.params.greedy]
@@ -178,7 +184,7 @@ class Sampler:
                 forced = torch.where(x[j] == torch.inf, 0.0, -torch.inf)[None]  # +inf stands for certainty
                 [own] = draw(forced, [settings[j]], uniform[j : j + 1]).tolist()
             if own[0] < 0:
-                results[i].error = _no_choice(raw[i], x[j], row.sequence)
+                results[i].error = no_choice(raw[i], x[j], row.sequence)
             else:
                 results[i].token_ids = own[: row.count]
 
@@ -224,25 +230,3 @@ def _uniform(rows: list[SampleRow]) -> Tensor:
     out = np.zeros((len(rows), max(row.count for row in rows)))
     out[np.arange(out.shape[1]) < np.array([row.count for row in rows])[:, None]] = numbers
     return torch.from_numpy(out)
-
-
-def _no_choice(raw: Tensor, edited: Tensor, sequence: Sequence) -> RequestError:
-    """Say why no token can be chosen from a row."""
-    where = f"request {sequence.request.id}, output token {sequence.num_output}"
-    bad = int(raw.isnan().sum())
-    if bad:
-        return RequestError(
-            f"{where}: {bad} of the model's {raw.numel()} logits are NaN. Try dtype='float32' or another quantization, "
-            "and check the checkpoint"
-        )
-    if bool((raw == -torch.inf).all()):
-        return RequestError(f"{where}: all {raw.numel()} logits of the model are -inf. Check the checkpoint")
-    bad = int(edited.isnan().sum())
-    if bad:
-        return RequestError(
-            f"{where}: logits_processors left {bad} of {edited.numel()} logits NaN. Return numbers or -inf"
-        )
-    return RequestError(
-        f"{where}: no token is left of {edited.numel()}: logits_processors, guided_decoding, min_tokens, logit_bias "
-        "and bad_words exclude all of them. Loosen one"
-    )

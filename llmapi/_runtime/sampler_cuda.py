@@ -18,13 +18,16 @@ from torch import Tensor
 
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.sample_cuda import EDIT, MAX_LOGPROBS, ROW, SampleKernels, nucleus_range
+from llmapi._runtime.candidates import Candidates
+from llmapi._runtime.candidates_cuda import KernelSelect
 from llmapi._runtime.draw import _COLDEST
 from llmapi._runtime.guide import fill, words
 from llmapi._runtime.logit_edits import _completing, _held_back
 from llmapi._runtime.logprobs import _ranked
+from llmapi._runtime.no_choice import no_choice
 from llmapi._runtime.params_memo import ParamsMemo
 from llmapi._runtime.request import Sequence
-from llmapi._runtime.sampler import Sampled, Sampler, SampleRow, SamplerTokenizer, _no_choice
+from llmapi._runtime.sampler import Sampled, Sampler, SampleRow, SamplerTokenizer
 from llmapi._runtime.token_counts import TokenCounts
 from llmapi.errors import RequestError
 from llmapi.outputs import Logprob
@@ -105,6 +108,8 @@ class CudaSampler(Sampler):
         super().__init__(vocab_size, tokenizer)
         self._gpu, self._device = gpu, gpu.device
         self._kernels = SampleKernels(gpu, vocab_size=vocab_size, max_rows=max_rows, logits_dtype=logits_dtype)
+        found = KernelSelect(gpu, vocab_size=vocab_size, max_rows=max_rows, logits_dtype=logits_dtype)
+        self.candidates = Candidates(vocab_size, self._edits, found)
         self._counts = TokenCounts(vocab_size, gpu.device)
         self._scratch: Tensor | None = None  # [rows, V] float32: edited logits
         self._settings = ParamsMemo(self._prepare)
@@ -345,7 +350,7 @@ class PendingTokens:
             raw[:] = -torch.inf
         start = sequence.num_prompt
         then = Sequence(sequence.request, sequence.index, [*sequence.token_ids[:start], *[0] * position], start)
-        return _no_choice(raw, edited, then)
+        return no_choice(raw, edited, then)
 
 
 def _to_host(x: Tensor) -> Tensor:

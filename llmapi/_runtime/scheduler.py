@@ -7,6 +7,8 @@ Invariants, asserted after every operation of the randomized test:
     - A block with more than one owner is never written, nor is one that can be found by hash.
     - The oldest running sequence is never preempted, and a step that does not advance it is full of decodes; so every
       sequence ends.
+    - Of a lockstep request's sequences, all compute their last token in the same step, or none does. They lose their
+      blocks together.
 
 It never sees a probability or a tensor. The loop calls, over and over::
 
@@ -24,8 +26,9 @@ from __future__ import annotations
 from bisect import insort
 
 from llmapi._runtime.blocks import BlockPool, block_hash
+from llmapi._runtime.lockstep import Parked, branch_blocks, take_over
 from llmapi._runtime.plan import Draft, Entry, StepPlan
-from llmapi._runtime.request import Sequence, Status
+from llmapi._runtime.request import Request, Sequence, Status
 from llmapi._runtime.waiting import WaitingQueue, age
 
 __all__ = ["Entry", "Scheduler", "StepPlan"]
@@ -51,6 +54,10 @@ class Scheduler:
     4. Where a running sequence finds no block, the youngest running one (possibly itself) gives up its own and waits,
        in arrival order, to be recomputed. What it had registered stays in the prefix cache as long as there is room.
 
+    The sequences of a lockstep request (the beams of a search) count as one: they decode together or sit out together,
+    and are admitted where all of them find room. Preempted ones are parked until the first of them is computed again;
+    the others then go on from what they have in common with it.
+
     Blocks are taken as tokens need them. Forks may let more sequences run than a step has entries; the youngest sit
     out. A running sequence with nothing to compute (its next token is not appended yet) sits out and keeps its blocks.
 
@@ -71,6 +78,8 @@ class Scheduler:
         self.watermark = max(1, pool.num_blocks // 64)
         self._running: list[Sequence] = []  # oldest first
         self._waiting = WaitingQueue()
+        self._parked = Parked()
+        self._copies: dict[int, int] = {}  # target -> source, due before the next step; each owns its source
         self._arrivals = 0
         self._hashed: Sequence | None = None  # the waiting sequence whose prefix hashes are kept in _hashes
         self._hashes: list[bytes] = []
@@ -89,6 +98,16 @@ class Scheduler:
     def waiting(self) -> list[Sequence]:
         """Sequences to be admitted, next one first."""
         return self._waiting.items()
+
+    @property
+    def parked(self) -> list[Sequence]:
+        """Sequences that lost their blocks and wait for another one of their request."""
+        return self._parked.items()
+
+    @property
+    def copies_due(self) -> dict[int, int]:
+        """Blocks whose contents the next step copies from another before it writes: target to source."""
+        return self._copies.copy()
 
     @property
     def capacity_tokens(self) -> int:
@@ -129,6 +148,17 @@ class Scheduler:
         child.num_computed = parent.num_computed
         self._run(child)
 
+    def adopt(self, heir: Sequence, parent: Sequence) -> None:
+        """Let ``heir`` drop what it has computed, and go on from what ``parent`` has as a fork does.
+
+        Both run and belong to one request. The blocks that both have already cost nothing.
+        """
+        assert heir.status is Status.RUNNING and parent.status is Status.RUNNING, "only running sequences have blocks"
+        assert heir.request is parent.request and heir is not parent
+        copy = take_over(self.pool, heir, parent)
+        if copy is not None:
+            self._copies[copy[1]] = copy[0]
+
     def finish(self, seq: Sequence) -> None:
         """Give back the blocks of a running sequence, or take a waiting one out of the queue. Twice is once."""
         if seq.status is Status.RUNNING:
@@ -136,13 +166,31 @@ class Scheduler:
             self._free_blocks(seq)
         self._waiting.discard(seq)
         seq.status = Status.FINISHED
+        successor = self._parked.leave(seq)
+        if successor is not None:
+            self._waiting.push(successor)
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when no sequence has a token to compute."""
         draft = Draft(self.max_num_tokens, self.max_batch_size)
-        prefills: list[Sequence] = []
-        for seq in self._running:  # preemption shortens the list from its end only
+        self._take_copies(draft)
+        running, prefills = self._running, []
+        at, held = 0, False
+        while at < len(running):  # preemption shortens the list from its end only
+            seq = running[at]
             todo = len(seq.token_ids) - seq.num_computed
+            if seq.request.lockstep:
+                members = self._assemble(seq)
+                at += len(members)
+                if any(len(m.token_ids) - m.num_computed != 1 for m in members) or self._parked.behind(seq):
+                    prefills += members
+                    continue
+                held = len(members) > min(draft.tokens, draft.slots)
+                if held:
+                    break
+                self._place_beams(members, draft)
+                continue
+            at += 1
             if todo == 1:
                 if draft.full:
                     break
@@ -151,13 +199,16 @@ class Scheduler:
                 prefills.append(seq)
         for seq in prefills:
             if seq.status is Status.RUNNING and not draft.full:
-                self._place(seq, min(len(seq.token_ids) - seq.num_computed, draft.tokens), draft)
-        if not draft.preempted:
+                count = min(self._todo(seq), draft.tokens)
+                if count:
+                    self._place(seq, count, draft)
+        if not (draft.preempted or held):
             self._admit(draft)
+        if not draft.entries:
+            self._copies = draft.copies
+            return None
         for source in draft.copies.values():
             self.pool.release(source)
-        if not draft.entries:
-            return None
         copies = [(source, target) for target, source in draft.copies.items()]
         return StepPlan(list(draft.entries.values()), copies, draft.preempted)
 
@@ -174,6 +225,36 @@ class Scheduler:
             while caching and len(seq.block_hashes) < full:
                 block = seq.block_table[len(seq.block_hashes)]
                 self.pool.register(block, _hash_next(seq.block_hashes, seq.token_ids, size))
+
+    def _todo(self, seq: Sequence) -> int:
+        """How many tokens of ``seq`` may be computed before its next decode."""
+        alone = not seq.request.lockstep or len(seq.request.sequences) == 1
+        return len(seq.token_ids) - seq.num_computed - (not alone)
+
+    def _assemble(self, first: Sequence) -> list[Sequence]:
+        """The running sequences of a lockstep request; those parked behind ``first`` join once it is computed."""
+        request = first.request
+        if not self._parked.behind(first):
+            return request.sequences
+        if self._todo(first):
+            return [first]
+        for seq in self._parked.release(request):
+            branch_blocks(self.pool, seq, first)
+            self._run(seq)
+        return request.sequences
+
+    def _place_beams(self, members: list[Sequence], draft: Draft) -> None:
+        """Plan a token of each of these, which all have computed as many."""
+        start, counts, entries = members[0].num_computed, self.pool.counts, draft.entries
+        whole = not start % self.pool.block_size  # they need a new block
+        for seq in members:
+            if whole or counts[seq.block_table[-1]] > 1:
+                self._take_blocks(seq, 1, draft)
+                if seq.status is not Status.RUNNING:  # nor is any other of them
+                    return
+            entries[seq] = Entry(seq, start, 1)
+            draft.tokens -= 1
+            draft.slots -= 1
 
     def _place(self, seq: Sequence, count: int, draft: Draft) -> None:
         """Plan ``count`` tokens of a running ``seq``, unless the blocks they need cost it its own."""
@@ -199,9 +280,8 @@ class Scheduler:
             copied = first < len(table) and self._is_shared(table[first], draft)
             if fresh + copied <= pool.num_free:
                 break
-            victim = self._running[-1]
-            self._preempt(victim, draft)
-            if victim is seq:
+            self._preempt(draft)
+            if seq.status is not Status.RUNNING:
                 return
         if copied:
             source = table[first]
@@ -216,14 +296,29 @@ class Scheduler:
         count = self.pool.count(block)
         return count > 1 and count - draft.held[block] > 1
 
-    def _preempt(self, victim: Sequence, draft: Draft) -> None:
-        """Take the blocks of the youngest running sequence, and whatever this step had planned for it."""
-        if victim is self._running[0]:
+    def _preempt(self, draft: Draft) -> None:
+        """Take the blocks of the youngest running sequence, and whatever this step had planned for it.
+
+        Those in lockstep with it lose theirs, too.
+        """
+        victim = self._running[-1]
+        request, lost = victim.request, [victim]
+        while request.lockstep and len(self._running) > len(lost) and self._running[-1 - len(lost)].request is request:
+            lost.append(self._running[-1 - len(lost)])
+        if len(lost) == len(self._running):
             raise RuntimeError(
                 f"internal error: a sequence of {len(victim.token_ids)} tokens, alone, needs more than all "
                 f"{self.pool.num_blocks} blocks of {self.pool.block_size} tokens"
+                + (f"; it is one of {len(lost)} beams" if len(lost) > 1 else "")
             )
-        self._running.pop()
+        for seq in lost:
+            self._running.pop()
+            self._take_back(seq, draft)
+        first = lost.pop()
+        self._waiting.push(first)
+        self._parked.add(lost[::-1])
+
+    def _take_back(self, victim: Sequence, draft: Draft) -> None:
         entry = draft.entries.pop(victim, None)
         if entry is not None:
             draft.tokens += entry.count
@@ -236,7 +331,6 @@ class Scheduler:
         self._free_blocks(victim)
         victim.preemptions += 1
         draft.preempted.append(victim)
-        self._waiting.push(victim)
 
     def _admit(self, draft: Draft) -> None:
         """Let waiting sequences run, oldest first, while the step and the pool have room for the next one."""
@@ -246,8 +340,10 @@ class Scheduler:
             reserve = self.watermark if self._running else 0
             if seq is None or pool.num_free <= reserve:  # at least one block is always needed
                 return
+            if seq.request.lockstep and not self._has_slots(seq.request):
+                return
             found = self._find_prefix(seq)
-            fresh = -(-len(seq.token_ids) // pool.block_size) - len(found)
+            fresh = -(-len(seq.token_ids) // pool.block_size) - len(found) + self._branches(seq)
             revived = sum(not pool.count(block) for block in found)  # free until now
             if pool.num_free - revived - fresh < reserve:
                 return
@@ -263,8 +359,22 @@ class Scheduler:
                 seq.num_cached = seq.num_computed
             self._hashed, self._hashes = None, []
             self._run(seq)
-            self._place(seq, min(len(seq.token_ids) - seq.num_computed, draft.tokens), draft)
+            self._place(seq, min(self._todo(seq), draft.tokens), draft)
             assert not draft.preempted, "admitted without room"
+
+    def _has_slots(self, request: Request) -> bool:
+        """Whether all beams of a search may run beside those that run and those that these will grow to."""
+        growing = [s.request for s in self._running if s.request.lockstep and len(s.request.sequences) == 1]
+        taken = len(self._running) + sum(r.params.num_beams - 1 for r in growing)
+        return not taken or taken + max(request.params.num_beams, len(request.sequences)) <= self.max_batch_size
+
+    def _branches(self, seq: Sequence) -> int:
+        """Blocks that the others in lockstep with a waiting ``seq`` will need as soon as it is computed."""
+        parked = self._parked.behind(seq)
+        own = -(-len(seq.token_ids) // self.pool.block_size) - seq.num_prompt // self.pool.block_size
+        if not seq.request.lockstep:
+            return 0
+        return len(parked) * own if parked else seq.request.params.num_beams - 1
 
     def _find_prefix(self, seq: Sequence) -> list[int]:
         """Find blocks that hold the beginning of ``seq``, always leaving a token to compute.
@@ -287,14 +397,28 @@ class Scheduler:
         """How many blocks of a waiting ``seq`` may come from the prefix cache."""
         if not self.pool.enable_prefix_caching:
             return 0
-        wanted, last = seq.request.first_wanted_row, len(seq.token_ids) - 1
+        wanted, last = seq.request.first_wanted_row, len(seq.token_ids) - 1 - bool(self._parked.behind(seq))
         return (last if wanted is None else min(wanted, last)) // self.pool.block_size
 
     def _run(self, seq: Sequence) -> None:
         insort(self._running, seq, key=age)
         seq.status = Status.RUNNING
 
+    def _take_copies(self, draft: Draft) -> None:
+        """Plan the copies that adoptions left."""
+        draft.copies, self._copies = self._copies, {}
+        for source in draft.copies.values():
+            draft.held[source] += 1
+
+    def _drop_copies(self, seq: Sequence) -> None:
+        """Forget a copy that was to be the last block of ``seq``."""
+        source = self._copies.pop(seq.block_table[-1], None) if seq.block_table else None
+        if source is not None:
+            self.pool.release(source)
+
     def _free_blocks(self, seq: Sequence) -> None:
+        if self._copies:
+            self._drop_copies(seq)
         for block in reversed(seq.block_table):
             self.pool.release(block)
         seq.block_table = []

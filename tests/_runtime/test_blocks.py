@@ -188,8 +188,8 @@ def test_check_names_each_fault() -> None:
         with pytest.raises(AssertionError):
             pool.check([table])
 
-    broken("_counts", lambda counts: counts.__setitem__(0, 2))
-    broken("_counts", lambda counts: counts.__setitem__(7, 1))
+    broken("counts", lambda counts: counts.__setitem__(0, 2))
+    broken("counts", lambda counts: counts.__setitem__(7, 1))
     broken("_cached", lambda cached: cached.clear())
     broken("_cached", lambda cached: cached.__setitem__(0, None))
     broken("_empty", lambda runs: runs.add(0))

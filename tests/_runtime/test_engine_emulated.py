@@ -20,6 +20,7 @@ from llmapi._build.tensor_file import TensorFile
 from llmapi._runtime.engine_cuda import CudaEngine
 from llmapi.config import EngineConfig
 from llmapi.models.spec import TransformerSpec
+from tests.api.beam_truth import by_transformers
 from tests.api.truth import Truth, idle, prompts_of, until
 from tests.emulator.gpu import EmulatedGpu
 from tests.tiny import tiny_checkpoint
@@ -160,4 +161,44 @@ def test_guided_requests_beside_free_ones(llm: LLM, truth: Truth) -> None:
     for prompt, own, together in zip(prompts, params, outputs, strict=True):
         alone = llm.generate(prompt, own)
         assert [o.token_ids for o in alone.outputs] == [o.token_ids for o in together.outputs]
+
+
+def test_beams_are_those_of_transformers(llm: LLM, truth: Truth) -> None:
+    """Beside greedy and sampled requests; blocks are copied and shared, and whole searches are preempted."""
+    prompts = prompts_of([30, 3, 17, 9, 21], seed=5)
+    stop = truth.greedy(prompts[2], 4)[1]
+    params = [
+        SamplingParams(use_beam_search=True, beam_width=4, n=4, max_tokens=8),
+        greedy(9),
+        SamplingParams(use_beam_search=True, beam_width=2, max_tokens=12, stop_token_ids=[stop]),
+        SamplingParams(temperature=0.9, seed=2, max_tokens=6),
+        SamplingParams(use_beam_search=True, beam_width=3, n=2, max_tokens=9, repetition_penalty=1.3),
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for i, (width, count, eos, more) in {
+        0: (4, 8, [1], {}), 2: (2, 12, [1, stop], {}), 4: (3, 9, [1], {"repetition_penalty": 1.3})
+    }.items():  # fmt: skip
+        expected = by_transformers(truth, prompts[i], width, count=count, eos=eos, n=params[i].n, **more)
+        assert [o.token_ids for o in outputs[i].outputs] == [ids for ids, _ in expected]
+        assert [o.score for o in outputs[i].outputs] == pytest.approx([s for _, s in expected], abs=1e-4)
+    assert outputs[1].outputs[0].token_ids == truth.greedy(prompts[1], 9)
+    assert llm._loop._sampler.candidates._select.launches > 10  # type: ignore[attr-defined]
+    until(lambda: idle(llm))
+
+
+def test_guided_beams_beside_others(llm: LLM, truth: Truth) -> None:
+    """Masked rows of a search are found by torch's operators, those of another by the kernels."""
+    pytest.importorskip("llguidance", reason="the extra [guided] is not installed")
+    prompts = prompts_of([12, 5, 9], seed=7)
+    texts = ["abba", "cab", "bcb", "faced"]
+    params = [
+        SamplingParams(use_beam_search=True, beam_width=4, n=4, max_tokens=9, guided_decoding={"choice": texts}),
+        SamplingParams(use_beam_search=True, beam_width=2, max_tokens=6, ignore_eos=True),
+        greedy(8),
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert sorted(o.text for o in outputs[0].outputs) == sorted(texts)
+    alone = llm.generate(prompts[1], params[1])
+    assert outputs[1].outputs[0].token_ids == alone.outputs[0].token_ids
+    assert outputs[2].outputs[0].token_ids == truth.greedy(prompts[2], 8)
     until(lambda: idle(llm))

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llmapi._runtime import blocks, scheduler
+from llmapi._runtime import blocks, lockstep, scheduler
 from llmapi._runtime.blocks import BlockPool
 from llmapi._runtime.request import Request, Sequence, Status
 from llmapi._runtime.scheduler import Scheduler, StepPlan
@@ -40,6 +40,7 @@ class Load:
     beams: bool = False  # forks at any time, children replacing parents
     arrivals: float = 0.5  # chance of a new request before each step
     priorities: int = 1
+    lockstep: float = 0.0  # share of requests that are beam searches, reordered after each step
 
 
 LOADS = {
@@ -56,6 +57,11 @@ LOADS = {
     "whole pool": Load(4, 4, 16, 4, 16, 8, width=2),
     "one at a time": Load(10, 4, 8, 1, 24, 12, width=3),
     "large": Load(1100, 2, 32, 8, 60, 20),
+    "searches": Load(64, 4, 24, 8, 20, 16, lockstep=1.0),
+    "searches and samples": Load(40, 4, 16, 8, 20, 16, lockstep=0.5, priorities=3),
+    "tight searches": Load(22, 4, 24, 8, 24, 16, lockstep=0.6),
+    "tight searches, no cache": Load(22, 4, 24, 8, 24, 16, lockstep=0.6, caching=False),
+    "wide searches": Load(48, 4, 8, 8, 16, 12, lockstep=0.8, width=8, arrivals=0.3),
 }
 
 
@@ -104,6 +110,13 @@ class World:
             n=self.rng.randint(1, self.load.width) if self.rng.random() < 0.5 else 1,
             prompt_logprobs=0 if self.rng.random() < 0.1 else None,
         )
+        if self.rng.random() < self.load.lockstep:
+            width, shared = self.rng.randint(2, self.load.width), len(prompt) // self.load.block_size
+            params = SamplingParams(use_beam_search=True, beam_width=width)
+            each = shared + (self.load.num_blocks - shared) // width
+            limit = min(limit, each * self.load.block_size)
+            if limit <= len(prompt):
+                return
         self.num_requests += 1
         request = Request(
             str(self.num_requests),
@@ -129,11 +142,16 @@ class World:
         self.live.remove(seq)
         del self.limits[seq], self.histories[seq]
         assert seq.status is Status.FINISHED
+        if seq.request.lockstep:
+            seq.request.sequences.remove(seq)
 
     def fork(self, parent: Sequence) -> Sequence:
         children = parent.request.sequences
-        child = Sequence(parent.request, len(children), parent.token_ids.copy(), parent.num_prompt)
+        index = next(i for i in range(len(children) + 1) if all(s.index != i for s in children))
+        child = Sequence(parent.request, index, parent.token_ids.copy(), parent.num_prompt)
         children.append(child)
+        if parent.request.lockstep:
+            children.sort(key=lambda s: s.index)
         self.scheduler.fork(parent, child)
         self.join(child, self.limits[parent])
         self.seen["forks"] += 1
@@ -145,10 +163,16 @@ class World:
         while arriving and self.rng.random() < self.load.arrivals:
             self.arrive()
         if self.live and self.rng.random() < 0.03:
-            self.leave(self.rng.choice(self.live))
+            victim = self.rng.choice(self.live)
+            whole = victim.request.lockstep and self.rng.random() < 0.7
+            for seq in list(victim.request.sequences) if whole else [victim]:
+                self.leave(seq)
             self.seen["aborts"] += 1
             self.check()
-        before = list(self.scheduler.running), list(self.scheduler.waiting)
+        if self.scheduler.parked and self.rng.random() < 0.1:  # the one that the others wait for
+            self.leave(self.scheduler.parked[0].request.sequences[0])
+            self.check()
+        before = self.scheduler.running, self.scheduler.waiting, self.scheduler.parked
         todo = {seq: len(seq.token_ids) - seq.num_computed for seq in self.live}
         plan = self.scheduler.schedule()
         assert (plan is None) == (not self.live), "a step must run something whenever there is something to run"
@@ -169,7 +193,12 @@ class World:
 
     def decide(self, producing: list[Sequence]) -> None:
         """Append tokens, fork, finish: what sampling or a beam search would do."""
+        searches = {seq.request: None for seq in producing if seq.request.lockstep}
+        for request in searches:
+            self.reorder(request, [seq for seq in producing if seq.request is request])
         for seq in producing:
+            if seq.request.lockstep:
+                continue
             group = [seq]
             first = seq.num_output == 0 and len(seq.request.sequences) == 1
             if first:
@@ -186,6 +215,32 @@ class World:
                     each.token_ids.append(self.rng.randrange(3))
                 if len(each.token_ids) >= self.limits[each] or self.rng.random() < 0.02:
                     self.leave(each)
+
+    def reorder(self, request: Request, seqs: list[Sequence]) -> None:
+        """Let random continuations of a search's beams take their places; end beams, and the search, at times."""
+        assert seqs == request.sequences, "beams of one search are not in one step, or out of order"
+        if len(seqs[0].token_ids) + 1 >= self.limits[seqs[0]] or self.rng.random() < 0.02:
+            for seq in list(seqs):
+                self.leave(seq)
+            return
+        wanted = request.params.num_beams - (self.rng.random() < 0.1)
+        parents = [self.rng.choice(seqs) for _ in range(wanted)]
+        free = [seq for seq in seqs if seq not in parents]
+        going = list(dict.fromkeys(parents))
+        for parent in (p for i, p in enumerate(parents) if p in parents[:i]):
+            if free:
+                heir = free.pop()
+                heir.token_ids = parent.token_ids.copy()
+                self.histories[heir] = self.histories[parent].copy()
+                self.scheduler.adopt(heir, parent)
+                self.seen["adoptions"] += 1
+            else:
+                heir = self.fork(parent)
+            going.append(heir)
+        for seq in free:
+            self.leave(seq)
+        for seq in going:
+            seq.token_ids.append(self.rng.randrange(3))
 
     def run(self, plan: StepPlan) -> None:
         """Do to the modelled memory what an engine would do to the real one."""
@@ -226,9 +281,15 @@ class World:
 
     def check(self, *, copied: bool = True) -> None:
         scheduler, size = self.scheduler, self.load.block_size
-        running, waiting = scheduler.running, scheduler.waiting
-        self.pool.check(seq.block_table for seq in running)
+        running, waiting = scheduler.running, scheduler.waiting + scheduler.parked
+        due = scheduler.copies_due
+        self.pool.check([*(seq.block_table for seq in running), *([source] for source in due.values())])
+        assert not set(due) & set(due.values()) and set(due) <= {b for seq in running for b in seq.block_table}
         assert sorted(map(id, running + waiting)) == sorted(map(id, self.live)), "a sequence got lost"
+        for request in {seq.request for seq in self.live if seq.request.lockstep}:
+            assert request.sequences[0] not in scheduler.parked, "nobody is waited for"
+            states = [seq.status for seq in request.sequences]
+            assert len(set(states)) == 1 or states[1:] == [Status.WAITING] * (len(states) - 1), "torn apart"
         assert running == sorted(running, key=age)
         for seq in running:
             assert seq.status is Status.RUNNING
@@ -248,9 +309,10 @@ class World:
 
     def check_contents(self, seq: Sequence, count: int) -> None:
         """Every token computed so far is where the block table says, computed from the same history."""
-        history, size = self.history(seq), self.load.block_size
+        history, size, due = self.history(seq), self.load.block_size, self.scheduler.copies_due
         for position in range(count):
-            found = self.kv.get((seq.block_table[position // size], position % size))
+            block = seq.block_table[position // size]
+            found = self.kv.get((due.get(block, block), position % size))
             assert found == history[position], f"token {position} of {count} is not what the block table points at"
 
     def check_written(self, block: int) -> None:
@@ -258,7 +320,12 @@ class World:
         assert self.pool.hash_of(block) is None, f"block {block} is written and can be found by hash"
 
     def check_policy(
-        self, plan: StepPlan, running: list[Sequence], waiting: list[Sequence], todo: dict[Sequence, int]
+        self,
+        plan: StepPlan,
+        running: list[Sequence],
+        waiting: list[Sequence],
+        parked: list[Sequence],
+        todo: dict[Sequence, int],
     ) -> None:
         load = self.load
         counts = {entry.seq: entry.count for entry in plan.entries}
@@ -268,26 +335,41 @@ class World:
         admitted = [seq for seq in waiting if seq.status is Status.RUNNING]
         # preemption takes the youngest, and stops admission
         keep = len(running) - len(plan.preempted)
-        assert set(plan.preempted) == set(running[keep:]) and (keep or not running)
+        assert set(plan.preempted) <= set(running[keep:]) | {s for s in parked if s.request.lockstep}
+        assert set(plan.preempted) >= set(running[keep:]) and (keep or not running)
         assert not (plan.preempted and admitted)
         # admission is first come, first served, and comes last
         assert admitted == waiting[: len(admitted)]
         assert not admitted or len(running) + len(admitted) <= load.max_batch_size
         decoding = [seq for seq in running[:keep] if todo[seq] == 1]
         prefills = [seq for seq in running[:keep] if todo[seq] > 1]
-        if any(seq not in counts for seq in decoding):  # decodes come before all else
-            assert full or plan.preempted
+        for request in {seq.request for seq in counts if seq.request.lockstep}:
+            deciding = [len(s.token_ids) - s.num_computed == counts.get(s) for s in request.sequences]
+            assert all(deciding) or not any(deciding), "a search is cut in two"
+        # a beam whose siblings are still being computed has to wait for them
+        idle = {s for s in decoding if s.request.lockstep and any(todo[m] != 1 for m in s.request.sequences)}
+        idle |= {s for s in decoding if s.request.lockstep and set(s.request.sequences) & set(parked)}
+        late = next((seq for seq in decoding if seq not in counts and seq not in idle), None)
+        if late is not None:  # decodes come before all else
+            room = min(load.max_batch_size - len(counts), load.max_num_tokens - plan.num_tokens)
+            size = len(late.request.sequences) if late.request.lockstep else 1
+            assert full or plan.preempted or room < size
             assert not admitted
-        assert set(counts) <= set(decoding) | set(prefills) | set(admitted)
+        joined = {seq for seq in parked if seq.status is Status.RUNNING}
+        self.seen["joined"] += len(joined)
+        assert set(counts) <= set(decoding) | set(prefills) | set(admitted) | joined
         if admitted:
-            assert set(decoding) | set(prefills) <= set(counts)
+            assert (set(decoding) - idle) | {s for s in prefills if not s.request.lockstep} <= set(counts)
         for seq, count in counts.items():
             left = len(seq.token_ids) - seq.num_computed
+            if seq.request.lockstep and len(seq.request.sequences) > 1 and left > 1:
+                left -= 1  # the last one is computed beside its siblings'
             assert 0 < count <= left
             assert count == left or full or plan.preempted, "cut for no reason"
         # the oldest moves on, or decodes fill the step
         if keep:
-            assert running[0] in counts or set(counts) <= set(decoding)
+            oldest = running[0].request.sequences if running[0].request.lockstep else running[:1]
+            assert any(seq in counts for seq in oldest) or set(counts) <= set(decoding)
         self.seen["admitted"] += len(admitted)
         self.seen["hits"] += sum(bool(seq.num_computed) for seq in admitted)
 
@@ -322,6 +404,10 @@ def test_random_load(name: str, seed: int) -> None:
     assert seen["chunks"] > 0 or name == "whole pool"
     if name in ("tight", "tiny", "one token", "no cache", "beams", "priorities", "old prefills, young beams"):
         assert seen["preempted"] > 0
+    if LOADS[name].lockstep:
+        assert seen["adoptions"] > 30
+    if name.startswith("tight searches"):
+        assert seen["preempted"] > 10 and seen["joined"] > 10
     if name != "one token":
         assert seen["copies"] > 0
     assert (seen["hits"] > 0) == LOADS[name].caching
@@ -344,7 +430,7 @@ FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
     "a copy does not hold its source": (
         scheduler,
         [
-            ("draft.held[source] += 1", "self.pool.release(source)"),
+            ("draft.held[source] += 1\n        for _ in", "self.pool.release(source)\n        for _ in"),
             ("draft.held[source] -= 1\n                self.pool.release(source)", "pass"),
             ("for source in draft.copies.values():\n            self.pool.release(source)", "pass"),
         ],
@@ -358,7 +444,7 @@ FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
     "a preempted sequence keeps its hashes": (scheduler, [("        seq.block_hashes = []\n", "")]),
     "a whole sequence is taken from the cache": (
         scheduler,
-        [("first_wanted_row, len(seq.token_ids) - 1", "first_wanted_row, len(seq.token_ids)")],
+        [("len(seq.token_ids) - 1 - bool(self._parked.behind(seq))", "len(seq.token_ids)")],
     ),
     "found blocks are not retained": (scheduler, [("for block in found:\n                pool.retain(block)", "pass")]),
     "found blocks are counted as free": (scheduler, [("pool.num_free - revived - fresh", "pool.num_free - fresh")]),
@@ -373,9 +459,33 @@ FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
         [("full = seq.num_computed // size", "full = len(seq.block_table)")],
     ),
     "the token budget is ignored": (scheduler, [("draft.tokens -= count", "pass")]),
-    "the batch size is ignored": (scheduler, [("draft.slots -= 1", "pass")]),
-    "the oldest is preempted": (scheduler, [("victim = self._running[-1]", "victim = self._running[0]")]),
-    "admission after preemption": (scheduler, [("if not draft.preempted:", "if True:")]),
+    "the batch size is ignored": (
+        scheduler,
+        [("draft.tokens -= count\n        draft.slots -= 1", "draft.tokens -= count")],
+    ),
+    "the oldest is preempted": (
+        scheduler,
+        [("victim = self._running[-1]", "victim = self._running[0]"), ("self._running.pop()", "self._running.pop(0)")],
+    ),
+    "admission after preemption": (scheduler, [("if not (draft.preempted or held):", "if not held:")]),
+    "beams sit out one by one": (scheduler, [("held = len(members) > min(draft.tokens, draft.slots)", "held = False")]),
+    "beams are preempted one by one": (scheduler, [("while request.lockstep and", "while False and")]),
+    "beams decide one by one": (scheduler, [("- seq.num_computed - (not alone)", "- seq.num_computed")]),
+    "an heir keeps a block": (
+        lockstep,
+        [("for block in reversed(old[same:]):\n        pool.release(block)", "pass")],
+    ),
+    "a copy that is due is forgotten": (scheduler, [("self._copies[copy[1]] = copy[0]", "pass")]),
+    "a copy that is due owns nothing": (lockstep, [("pool.retain(new[last])\n", "pass\n")]),
+    "an ended heir's copy stays due": (
+        scheduler,
+        [("if self._copies:\n            self._drop", "if False:\n            self._drop")],
+    ),
+    "an heir owns nothing": (lockstep, [("for block in new[same:]:\n        pool.retain(block)", "pass")]),
+    "an heir shares a table": (lockstep, [("heir.block_table = new.copy()", "heir.block_table = new")]),
+    "parked beams take over blocks that differ": (lockstep, [("if ours[span] != theirs[span]:", "if False:")]),
+    "parked beams own nothing": (lockstep, [("for block in seq.block_table:\n        pool.retain(block)", "pass")]),
+    "parked beams are forgotten": (lockstep, [("successor = parked.pop(0)", "successor = None")]),
     "the watermark is kept when nothing runs": (
         scheduler,
         [("self.watermark if self._running else 0", "self.watermark")],
@@ -383,7 +493,7 @@ FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
     "prefill before decode": (
         scheduler,
         [
-            ("if todo == 1:", "if todo > 1:"),
+            ("            if todo == 1:", "            if todo > 1:"),
             ("self._place(seq, 1, draft)", "self._place(seq, min(todo, draft.tokens), draft)"),
         ],
     ),
@@ -409,7 +519,18 @@ def with_fault(name: str) -> tuple[type[BlockPool], type[Scheduler]]:
         source = source.replace(right, wrong)
     namespace: dict[str, Any] = {"__name__": module.__name__}
     exec(compile(source, f"<{name}>", "exec"), namespace)
+    if module is lockstep:
+        using: dict[str, Any] = {"__name__": scheduler.__name__}
+        exec(compile(inspect.getsource(scheduler), f"<over {name}>", "exec"), using)
+        using.update({k: namespace[k] for k in ("Parked", "take_over", "branch_blocks")})
+        return BlockPool, using["Scheduler"]
     return namespace.get("BlockPool", BlockPool), namespace.get("Scheduler", Scheduler)
+
+
+FAULT_LOADS = [
+    "tight", "beams", "tiny", "old prefills, young beams", "priorities", "whole pool", "tight searches",
+    "tight searches, no cache", "searches and samples",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -417,5 +538,5 @@ def test_a_fault_is_noticed(name: str) -> None:
     pool_type, scheduler_type = with_fault(name)
     with pytest.raises((AssertionError, KeyError, IndexError, RuntimeError)):
         for seed in range(4):
-            for load in ("tight", "beams", "tiny", "old prefills, young beams", "priorities", "whole pool"):
+            for load in FAULT_LOADS:
                 play(LOADS[load], seed, 150, pool_type, scheduler_type)

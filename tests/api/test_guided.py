@@ -375,3 +375,39 @@ def test_smollm2_gives_sensible_json(tmp_path: Path) -> None:
             jsonschema.validate(json.loads(one.text), schema)
     assert sum(one.finish_reason == "stop" for one in wild.outputs) >= 4
     assert beside.text == alone.text
+
+
+# ---- beams
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_every_beam_fits(llm: LLM, kind: str, width: int) -> None:
+    kinds, check = KINDS[kind]
+    prompts = prompts_of([1 + i % 9 for i in range(12)], seed=21)
+    params = guided(60, use_beam_search=True, beam_width=width, n=width, **kinds)
+    free = SamplingParams(temperature=0, max_tokens=20)
+    outputs = llm.generate([*prompts, prompts[0]], [params] * len(prompts) + [free])
+    ended = [one for o in outputs[:-1] for one in o.outputs if one.finish_reason == "stop"]
+    assert len(ended) >= len(prompts) // 2
+    for one in ended:
+        assert check(one.text), one.text
+    for output in outputs[:-1]:
+        assert len({one.text for one in output.outputs}) == len(output.outputs)
+    assert outputs[-1].text == llm.generate(prompts[0], free).text
+    until(lambda: idle(llm))
+
+
+def test_beams_find_the_most_probable_text(llm: LLM, truth: Truth) -> None:
+    """A search as wide as the grammar has texts finds the best of all of them."""
+    texts = ["ab", "ba", "aab", "bb"]
+    for prompt in prompts_of([4, 9, 14], seed=22):
+        params = guided(use_beam_search=True, beam_width=8, n=4, length_penalty=0.0, choice=texts)
+        found = [(o.text, o.score) for o in llm.generate(prompt, params).outputs]
+        assert sorted(t for t, _ in found) == sorted(texts)
+        for one, (_, score) in zip(llm.generate(prompt, params).outputs, found, strict=True):
+            exact = truth.logprobs(prompt + one.token_ids)[len(prompt) - 1 : -1]
+            total = sum(row[t].item() for row, t in zip(exact, one.token_ids, strict=True))
+            assert score == pytest.approx(total, abs=1e-3)
+        scores = [score for _, score in found]
+        assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]

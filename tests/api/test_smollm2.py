@@ -52,6 +52,21 @@ def by_transformers(file: Path) -> transformers.PreTrainedModel:
     return model.eval()
 
 
+def by_beams(model: transformers.PreTrainedModel, ids: list[int], eos: int) -> list[tuple[list[int], float]]:
+    """New tokens and score of each of four beams."""
+    given = torch.tensor([ids])
+    with torch.no_grad():
+        out = model.generate(
+            given, attention_mask=torch.ones_like(given), do_sample=False, num_beams=4, num_return_sequences=4,
+            max_new_tokens=16, eos_token_id=eos, pad_token_id=eos, return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+    rows = out.sequences[:, len(ids) :].tolist()
+    return [
+        (row[: row.index(eos) + 1] if eos in row else row, score)
+        for row, score in zip(rows, out.sequences_scores.tolist(), strict=True)
+    ]
+
+
 def test_answers_are_those_of_transformers(tmp_path: Path) -> None:
     file = gguf_file()
     talks = [[{"role": "user", "content": question}] for question in QUESTIONS]
@@ -65,6 +80,8 @@ def test_answers_are_those_of_transformers(tmp_path: Path) -> None:
         short = llm.generate(
             [o.prompt_token_ids for o in outputs], SamplingParams(temperature=0, max_tokens=1, logprobs=3)
         )
+        beams = SamplingParams(use_beam_search=True, beam_width=4, n=4, max_tokens=16)
+        searched = llm.generate([o.prompt_token_ids for o in outputs[:3]], beams)
         llm.save(tmp_path / "saved")
     assert not report.cached and report.hashed_bytes == file.stat().st_size
 
@@ -88,6 +105,10 @@ def test_answers_are_those_of_transformers(tmp_path: Path) -> None:
         assert first.outputs[0].logprobs is not None
         for token, told in first.outputs[0].logprobs[0].items():
             assert told.logprob == pytest.approx(exact[token].item(), abs=1e-3)
+    for output in searched:
+        expected = by_beams(model, output.prompt_token_ids, tokenizer.eos_token_id)
+        assert [o.token_ids for o in output.outputs] == [ids for ids, _ in expected]
+        assert [o.score for o in output.outputs] == pytest.approx([score for _, score in expected], abs=1e-3)
     assert len(lengths) == 4
     assert isinstance(alone, type(outputs[0])) and alone.outputs[0].token_ids == outputs[0].outputs[0].token_ids
     assert re.search(r"\bParis\b", outputs[0].text)

@@ -175,7 +175,7 @@ def test_the_watch_sees_what_it_should() -> None:
 
 LAYERS = (
     {"errors", "_device"},
-    {"config", "sampling", "guided", "outputs"},
+    {"config", "sampling", "guided", "outputs", "beam_search"},
     {"_env", "_progress", "_files", "_digests", "_source", "_hub", "_tokenizer", "_frozen_tokenizer", "_detokenizer"},
     {"models"},
     {"_kernels"},

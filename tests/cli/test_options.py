@@ -31,7 +31,8 @@ def test_every_option_arrives_as_it_was_typed() -> None:
         "--frequency-penalty 0.5 --seed 7 --stop END --stop . --stop-token-ids 3,4 --bad-words bad "
         "--logit-bias 3=-1.5,4=2 --ignore-eos --include-stop-str-in-output --no-skip-special-tokens "
         "--no-spaces-between-special-tokens --min-tokens 2 --max-tokens none --logprobs 1 --prompt-logprobs 0 "
-        '--no-detokenize --best-of 4 --guided-decoding \'{"regex": "[0-9]+"}\''
+        "--no-detokenize --use-beam-search --beam-width 4 --length-penalty 0.5 --early-stopping never "
+        '--num-beam-groups 2 --diversity-penalty 0.3 --best-of 4 --guided-decoding \'{"regex": "[0-9]+"}\''
     )
     given = options.sampling_arguments(parse("generate", "model", *words))
     assert given == {
@@ -39,7 +40,9 @@ def test_every_option_arrives_as_it_was_typed() -> None:
         "presence_penalty": -0.5, "frequency_penalty": 0.5, "seed": 7, "stop": ["END", "."], "stop_token_ids": [3, 4],
         "bad_words": ["bad"], "logit_bias": {3: -1.5, 4: 2.0}, "ignore_eos": True, "include_stop_str_in_output": True,
         "skip_special_tokens": False, "spaces_between_special_tokens": False, "min_tokens": 2, "max_tokens": None,
-        "logprobs": 1, "prompt_logprobs": 0, "detokenize": False, "best_of": 4, "guided_decoding": {"regex": "[0-9]+"},
+        "logprobs": 1, "prompt_logprobs": 0, "detokenize": False, "use_beam_search": True, "beam_width": 4,
+        "length_penalty": 0.5, "early_stopping": "never", "num_beam_groups": 2, "diversity_penalty": 0.3,
+        "best_of": 4, "guided_decoding": {"regex": "[0-9]+"},
     }  # fmt: skip
     words = shlex.split(
         "--revision r --tokenizer t --tokenizer-mode slow --skip-tokenizer-init --trust-remote-code --hf-token x "

@@ -209,8 +209,16 @@ def test_sampling_table_has_the_ranges_of_the_code() -> None:
     """Each numeric range of the table, tried at its ends and just beyond them."""
 
     def allowed(name: str, value: object) -> bool:
+        beams: dict[str, Any] = {"use_beam_search": True, "beam_width": 256}
+        if name == "num_beam_groups":
+            beams["diversity_penalty"] = 0.0 if value == 1 else 1.0
+        if name == "diversity_penalty":
+            beams["num_beam_groups"] = 1 if value == 0 else 2
+        own = beams if name in ("beam_width", "length_penalty", "num_beam_groups", "diversity_penalty") else {}
+        if name == "beam_width" and value is None:
+            own = {}
         try:
-            SamplingParams(**{name: value})  # type: ignore[arg-type]
+            SamplingParams(**{**own, name: value})  # type: ignore[arg-type]
         except llmapi.ConfigError:
             return False
         return True

@@ -1,0 +1,354 @@
+"""BeamRun: one request's search as the loop sees it: what to ask of a step, and what follows from the answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from llmapi._runtime.beam import (
+    NEVER,
+    Beams,
+    Ending,
+    Finished,
+    diversify,
+    normalized,
+    num_candidates,
+    num_diverse,
+)
+from llmapi._runtime.beam_output import BeamOutputs, Kept, Line
+from llmapi._runtime.candidates import BeamAsk, Found, PendingCandidates
+from llmapi._runtime.guide import Guide
+from llmapi._runtime.logprobs import token_logprobs
+from llmapi._runtime.request import Request, Sequence
+from llmapi._runtime.transcript import Transcript
+from llmapi.outputs import CompletionOutput, FinishReason
+
+if TYPE_CHECKING:
+    from llmapi._tokenizer import Tokenizer
+
+Child = tuple[int, int, float]
+"""The row that it continues, its token, its score."""
+
+_LOOK = 8  # new tokens between two counts of a request's blocks
+
+
+class Mover(Protocol):
+    """The part of the scheduler that a search needs."""
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """See :meth:`llmapi._runtime.scheduler.Scheduler.fork`."""
+
+    def adopt(self, heir: Sequence, parent: Sequence) -> None:
+        """See :meth:`llmapi._runtime.scheduler.Scheduler.adopt`."""
+
+    def finish(self, seq: Sequence) -> None:
+        """See :meth:`llmapi._runtime.scheduler.Scheduler.finish`."""
+
+
+@dataclass(slots=True)
+class _Move:
+    """What happens to a group: which continuations go on, which have ended, what either carries, by row and token."""
+
+    group: int
+    children: list[Child]
+    told: dict[tuple[int, int], Kept] = field(default_factory=dict)
+    guides: dict[tuple[int, int], Guide] = field(default_factory=dict)
+
+
+class BeamRun:
+    """A request's search.
+
+    The beams are the request's sequences. A beam that goes on with one token stays the sequence that it is; each
+    further continuation takes the place of a sequence whose beam does not go on, or is a new one.
+
+    Args:
+        request: with ``use_beam_search``; its one sequence is the prompt.
+        tokenizer: for stop texts and the text of outputs; None where there is none.
+
+    Attributes:
+        blocks: the most KV blocks that its beams were seen to hold, shared ones counted once.
+        over: whether every group's search has ended.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        p = request.params
+        self._request, self._tokenizer = request, tokenizer
+        self._size = p.num_beams // p.num_beam_groups
+        self._ends = request.stop_token_ids
+        self._count = num_candidates(self._size, len(self._ends))
+        grouped = p.num_beam_groups > 1
+        self._groups = [
+            Beams(self._size, p.length_penalty, p.early_stopping, request.max_tokens, grouped)
+            for _ in range(p.num_beam_groups)
+        ]
+        self._rows: list[list[Sequence]] = [[request.sequences[0]]] * p.num_beam_groups
+        self._shared = grouped  # whether the groups still share the prompt's one sequence
+        self._asked: list[int] = []  # groups of the step in flight
+        self._checks = bool(p.stop) and p.detokenize and tokenizer is not None
+        self._guided = p.guided_decoding is not None
+        self._keeps = p.logprobs is not None or p.returns_generation_logits
+        self._kept: dict[Sequence, Kept] = {}
+        if self._keeps or self._checks:
+            self._kept[request.sequences[0]] = Kept(Transcript.of(p, tokenizer) if self._checks else None)
+        self._outputs = BeamOutputs(request, tokenizer)
+        self._stopped: FinishReason | None = None
+        self._bare = not (grouped or self._kept or self._guided)  # beams carry nothing but their tokens
+        self.blocks = 0
+        self.over = False
+
+    # ---- a step
+
+    def asks(self, first_row: int) -> list[BeamAsk]:
+        """What to ask of a step.
+
+        Args:
+            first_row: row of the step's logits that belongs to the request's first sequence; the others follow.
+        """
+        if self._bare:
+            self._asked = [0]
+            return [BeamAsk(self._rows[0], self._groups[0].scores, first_row, self._count, self._size == 1)]
+        self._asked = [g for g, beams in enumerate(self._groups) if not beams.over]
+        greedy = self._request.params.num_beams == 1
+        asks: list[BeamAsk] = []
+        taken = 0  # most beams of earlier groups
+        for g in self._asked:
+            rows = self._rows[g]
+            count = num_diverse(self._count, len(rows), taken) if taken else self._count
+            asks.append(BeamAsk(rows, self._groups[g].scores, first_row, count, greedy))
+            taken += self._size
+            if not self._shared:
+                first_row += len(rows)
+        return asks
+
+    def advance(self, found: list[Found], pending: PendingCandidates, first_ask: int, scheduler: Mover) -> None:
+        """Commit a step's candidates: end, reorder and extend the beams.
+
+        Args:
+            found: candidates of each ask of :meth:`asks`.
+            pending: where they came from.
+            first_ask: place of the first ask there.
+            scheduler: moves the sequences' blocks.
+
+        Raises:
+            RequestError: the request cannot go on.
+        """
+        if self._bare and self._advance_bare(found[0], scheduler):
+            return
+        taken: Counter[int] = Counter()
+        penalty = self._request.params.diversity_penalty
+        moves: list[_Move] = []
+        for place, (g, own) in enumerate(zip(self._asked, found, strict=True)):
+            if own.error is not None:
+                raise own.error
+            beams, seqs = self._groups[g], self._rows[g]
+            scores, rows, tokens = own.scores, own.rows, own.tokens
+            if scores[0] != scores[0] or (scores[0] == NEVER and not beams.finished):
+                raise pending.no_choice(first_ask + place)
+            if taken:
+                scores, rows, tokens = diversify(scores, rows, tokens, taken, penalty, self._count)
+            move = _Move(g, [])
+            ending = self._ending(seqs, move) if self._checks or self._guided else None
+            ranks, new = beams.advance(scores, rows, tokens, self._ends, ending)
+            if penalty:
+                taken.update([tokens[rank] for rank in ranks])
+            if not beams.over:
+                move.children = [(rows[rank], tokens[rank], scores[rank]) for rank in ranks]
+            if self._keeps:
+                self._tell(move, new, pending, first_ask + place)
+            for one in new:
+                one.output = self._line(seqs[one.row], one.row, one.token, move)
+            moves.append(move)
+        self.over = all(beams.over for beams in self._groups)
+        if not beams.length % _LOOK or self.over:
+            self._count_blocks()
+        if not self.over:
+            self._reorder(moves, scheduler)
+
+    def _advance_bare(self, found: Found, scheduler: Mover) -> bool:
+        """The common case of :meth:`advance`: all beams go on, and they carry nothing but their tokens.
+
+        Returns:
+            False where it is another case; nothing was changed then.
+        """
+        beams, seqs, width = self._groups[0], self._rows[0], self._size
+        scores, tokens = found.scores, found.tokens
+        if len(seqs) != width or len(scores) < width or not scores[width - 1] > NEVER or scores[0] != scores[0]:
+            return False
+        if beams.finished or beams.length + 1 >= beams.max_tokens or not self._ends.isdisjoint(tokens[:width]):
+            return False
+        beams.length += 1
+        if not beams.length % _LOOK:
+            self._count_blocks()
+        by_row: list[int | None] = [None] * width
+        late = []
+        for rank in range(width):
+            row = found.rows[rank]
+            if by_row[row] is None:
+                by_row[row] = rank
+            else:
+                late.append(rank)
+        if late:
+            free = [row for row, known in enumerate(by_row) if known is None]
+            for again, place in zip(late, free, strict=True):
+                parent, heir = seqs[found.rows[again]], seqs[place]
+                heir.token_ids = parent.token_ids.copy()
+                scheduler.adopt(heir, parent)
+                by_row[place] = again
+        going = []
+        for seq, best in zip(seqs, by_row, strict=True):
+            assert best is not None
+            seq.token_ids.append(tokens[best])
+            going.append(scores[best])
+        beams.scores = going
+        return True
+
+    def _count_blocks(self) -> None:
+        held = set().union(*(seq.block_table for seq in self._request.sequences))
+        self.blocks = max(self.blocks, len(held))
+
+    def _reorder(self, moves: list[_Move], scheduler: Mover) -> None:
+        """Turn the beams into their continuations: first who stands where, then the tokens."""
+        extended: list[tuple[Sequence, int]] = []
+        kept: list[tuple[Sequence, Kept]] = []
+        resized, shared, prompt = False, self._shared, self._rows[moves[0].group]
+        for move in moves:
+            parents = self._rows[move.group]
+            own = parents.copy() if not shared or (prompt and move.children) else []
+            if shared and own:
+                prompt = []  # the prompt's sequence goes on in this group
+            taken: list[Child | None] = [None] * len(own)
+            late: list[Child] = []
+            for child in move.children:
+                if child[0] < len(own) and taken[child[0]] is None:
+                    taken[child[0]] = child
+                else:
+                    late.append(child)
+            free = [row for row, child in enumerate(taken) if child is None]
+            for child in late:
+                parent = parents[child[0]]
+                if free:
+                    row = free.pop(0)
+                    heir = own[row]
+                    heir.token_ids = parent.token_ids.copy()
+                    scheduler.adopt(heir, parent)
+                    taken[row] = child
+                else:
+                    heir, resized = self._fork(parent, move.group, own, scheduler), True
+                    own.append(heir)
+                    taken.append(child)
+            if self._kept:
+                kept += [(seq, self._heirloom(parents[c[0]], c, move)) for seq, c in zip(own, taken, strict=True) if c]
+            for row in free:
+                scheduler.finish(own[row])
+                resized = True
+            if free or len(own) > len(parents) or shared:
+                pairs = sorted(((s, c) for s, c in zip(own, taken, strict=True) if c), key=lambda pair: pair[0].index)
+                own, taken = [s for s, _ in pairs], [c for _, c in pairs]
+            self._rows[move.group] = own
+            going = [child for child in taken if child is not None]
+            self._groups[move.group].go_on([child[2] for child in going])
+            extended += [(seq, child[1]) for seq, child in zip(own, going, strict=True)]
+            for seq, child in zip(own, going, strict=True) if self._guided else ():
+                seq.guide = move.guides[child[0], child[1]]
+        for seq, token in extended:
+            seq.token_ids.append(token)
+        self._kept.update(kept)
+        self._shared = False
+        if resized:
+            self._request.sequences = [seq for g in self._asked for seq in self._rows[g]]
+            if self._kept:
+                self._kept = {seq: self._kept[seq] for seq in self._request.sequences}
+
+    def _fork(self, parent: Sequence, group: int, own: list[Sequence], scheduler: Mover) -> Sequence:
+        used = {seq.index for seq in own}
+        index = next(i for i in range(group * self._size, (group + 1) * self._size) if i not in used)
+        child = Sequence(self._request, index, parent.token_ids.copy(), parent.num_prompt)
+        scheduler.fork(parent, child)
+        return child
+
+    # ---- what beams carry besides their tokens
+
+    def _ending(self, seqs: list[Sequence], move: _Move) -> Callable[[int, int], Ending | None]:
+        """Whether a token completes a stop text or the grammar of a beam; what it makes of them is kept in ``move``."""
+
+        def ending(row: int, token: int) -> Ending | None:
+            found = self._append(seqs[row], row, token, move) if self._checks else None
+            guide = seqs[row].guide
+            if guide is not None:
+                guide = move.guides[row, token] = guide.fork()
+                guide.accept(token)
+            if found is None and (guide is None or not guide.complete):
+                return None
+            return "stop", found
+
+        return ending
+
+    def _append(self, seq: Sequence, row: int, token: int, move: _Move) -> str | None:
+        """The stop text that a token completes."""
+        before = self._kept[seq].transcript
+        assert before is not None
+        after = before.fork()
+        move.told.setdefault((row, token), Kept()).transcript = after
+        return after.append(token)
+
+    def _tell(self, move: _Move, new: list[Finished], pending: PendingCandidates, ask: int) -> None:
+        """Keep the log probabilities and the logits of the tokens that were chosen."""
+        p = self._request.params
+        chosen: dict[int, list[int]] = {}
+        for row, token in [*((c[0], c[1]) for c in move.children), *((f.row, f.token) for f in new)]:
+            chosen.setdefault(row, []).append(token)
+        if not chosen:
+            return
+        logits = pending.rows_of(ask)[list(chosen)]
+        decode = self._tokenizer.token_text if self._tokenizer is not None and p.detokenize else None
+        told = None if p.logprobs is None else token_logprobs(logits, list(chosen.values()), p.logprobs, decode)
+        for place, (row, tokens) in enumerate(chosen.items()):
+            raw = None
+            if p.returns_generation_logits:
+                with torch.inference_mode(False):  # a tensor that the user may change
+                    raw = logits[place].to("cpu", torch.float32, copy=True)
+            for i, token in enumerate(tokens):
+                kept = move.told.setdefault((row, token), Kept())
+                kept.logprobs = [] if told is None else [told[place][i]]
+                kept.logits = [] if raw is None else [raw]
+
+    def _heirloom(self, parent: Sequence, child: Child, move: _Move) -> Kept:
+        return self._kept[parent].extended(move.told[child[0], child[1]])
+
+    def _line(self, seq: Sequence, row: int, token: int, move: _Move) -> Line:
+        kept = self._kept[seq].extended(move.told.get((row, token), Kept())) if self._kept else None
+        return Line([*seq.output_ids, token], kept)
+
+    # ---- what the user sees
+
+    def outputs(self) -> list[CompletionOutput]:
+        """The best ``n`` sequences once the search has ended; before that, the beam that leads."""
+        if self._stopped is not None or self.over:
+            finished = [f for beams in self._groups for f in beams.finished]
+            return self._outputs.final(finished, self._stopped)
+        score, seq = max(self._running(), key=lambda pair: pair[0])
+        length = seq.num_output
+        worth = normalized(score, length, self._request.params.length_penalty) if length else None
+        return [self._outputs.leading(Line(seq.output_ids, self._kept.get(seq)), worth)]
+
+    def stop(self, reason: FinishReason) -> None:
+        """End the search before its time: its beams count as finished."""
+        if self._stopped is None and not self.over:
+            for beams, seqs in zip(self._groups, self._rows, strict=True):
+                for score, seq in zip(beams.scores, seqs, strict=False):
+                    worth = normalized(score, max(1, seq.num_output), self._request.params.length_penalty)
+                    line = Line(seq.output_ids, self._kept.get(seq))
+                    beams.finished.append(Finished(worth, score, 0, 0, reason, None, line))
+        self._stopped = reason
+
+    def _running(self) -> list[tuple[float, Sequence]]:
+        return [
+            pair
+            for beams, seqs in zip(self._groups, self._rows, strict=True)
+            if not beams.over
+            for pair in zip(beams.scores, seqs, strict=False)
+        ]

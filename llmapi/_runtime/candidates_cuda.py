@@ -1,0 +1,83 @@
+"""KernelSelect: the candidates of beam searches by the project's kernels, on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmapi._kernels.beam_cuda import BEAM_REQUEST, BEAM_ROW, MAX_BEAMS, MAX_CANDIDATES, BeamKernels, Candidates
+from llmapi._kernels.gpu import Gpu
+from llmapi._runtime.candidates import Spans, select
+
+
+class KernelSelect:
+    """Finds candidates as :func:`llmapi._runtime.candidates.select` does, in two launches for all searches of a step.
+
+    What the kernels do not serve is done by torch's operators: logits that were edited, groups that still share the row
+    of their prompt, more than 1024 candidates of a search, a step with more rows than sequences.
+
+    Args:
+        gpu: where.
+        vocab_size: width of the logits.
+        max_rows: most rows of a step.
+        logits_dtype: float32, bfloat16 or float16.
+    """
+
+    def __init__(self, gpu: Gpu, *, vocab_size: int, max_rows: int, logits_dtype: torch.dtype) -> None:
+        self._gpu, self._vocab, self._max_rows, self._dtype = gpu, vocab_size, max_rows, logits_dtype
+        self._kernels: BeamKernels | None = None  # compiled, and given memory, with the first search
+        self._shape: tuple[list[int], list[int], list[int], int] | None = None
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self.launches = 0
+
+    def __call__(self, logits: Tensor, spans: Spans, normalized: bool) -> Tensor:
+        """See :data:`llmapi._runtime.candidates.Select`. A row's NaN makes its search's first score NaN."""
+        if normalized or not self._serves(logits, spans):
+            return select(logits, spans, normalized)
+        if self._kernels is None:
+            self._kernels = BeamKernels(
+                self._gpu, vocab_size=self._vocab, max_rows=self._max_rows, max_candidates=MAX_CANDIDATES,
+                logits_dtype=self._dtype,
+            )  # fmt: skip
+        rows, requests = self._settings(spans, len(logits))
+        device, count, width = self._gpu.device, len(spans.first), max(spans.counts)
+        staging = torch.empty(len(logits), dtype=torch.float32, pin_memory=device.type == "cuda")
+        scores = staging.copy_(spans.cumulative).to(device, non_blocking=True)
+        planes = torch.empty(3, count, width, dtype=torch.int32, device=device)
+        values = planes[0].view(torch.float32)
+        logprobs = torch.empty(count, width, dtype=torch.float32, device=device)
+        reasons = torch.zeros(count, dtype=torch.int32, device=device)
+        out = Candidates(values, planes[1], planes[2], logprobs, reasons)
+        self._kernels(logits, scores, rows, requests, out)
+        values[:, 0].masked_fill_(reasons != 0, torch.nan)
+        self.launches += 1
+        return planes
+
+    def _serves(self, logits: Tensor, spans: Spans) -> bool:
+        shared = len(set(spans.first)) < len(spans.first)
+        large = max(spans.counts) > MAX_CANDIDATES or max(spans.rows) > MAX_BEAMS or len(logits) > self._max_rows
+        return not (shared or large) and logits.dtype == self._dtype
+
+    def _settings(self, spans: Spans, total: int) -> tuple[Tensor, Tensor]:
+        """The kernels' tables on the device, kept while the searches stay the same."""
+        shape = spans.first, spans.rows, spans.counts, total
+        if self._tables is None or self._shape != shape:
+            table = np.zeros(total, dtype=BEAM_ROW)
+            table["repetition"] = 1.0
+            owners = np.repeat(np.arange(len(spans.first)), spans.rows)
+            first, counts = np.array(spans.first), np.array(spans.counts)
+            beam = np.arange(len(owners)) - np.repeat(np.cumsum([0, *spans.rows[:-1]]), spans.rows)
+            at = first[owners] + beam
+            table["k"][at], table["beam"][at], table["used"][at] = counts[owners], beam, 1
+            requests = np.zeros(len(spans.first), dtype=BEAM_REQUEST)
+            requests["first"], requests["rows"], requests["k"] = spans.first, spans.rows, spans.counts
+            self._tables = self._upload(table), self._upload(requests)
+            self._shape = shape
+        return self._tables
+
+    def _upload(self, table: np.ndarray[tuple[int], np.dtype[np.void]]) -> Tensor:
+        device = self._gpu.device
+        staging = torch.empty(table.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        staging.numpy()[:] = table.view(np.uint8)
+        return staging.to(device, non_blocking=True)
