@@ -14,8 +14,8 @@ from llmapi._runtime.candidates import Spans, select
 class KernelSelect:
     """Finds candidates as :func:`llmapi._runtime.candidates.select` does, in two launches for all searches of a step.
 
-    What the kernels do not serve is done by torch's operators: logits that were edited, groups that still share the row
-    of their prompt, more than 1024 candidates of a search, a step with more rows than sequences.
+    What the kernels do not serve is done by torch's operators: groups that still share the row of their prompt, edited
+    logits of a search of one beam, more than 1024 candidates of a search, more rows than sequences.
 
     Args:
         gpu: where.
@@ -27,20 +27,23 @@ class KernelSelect:
     def __init__(self, gpu: Gpu, *, vocab_size: int, max_rows: int, logits_dtype: torch.dtype) -> None:
         self._gpu, self._vocab, self._max_rows, self._dtype = gpu, vocab_size, max_rows, logits_dtype
         self._kernels: BeamKernels | None = None  # compiled, and given memory, with the first search
-        self._shape: tuple[list[int], list[int], list[int], int] | None = None
+        self._shape: tuple[list[int], list[int], list[int], int, int] | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
         self.launches = 0
 
     def __call__(self, logits: Tensor, spans: Spans, normalized: bool) -> Tensor:
         """See :data:`llmapi._runtime.candidates.Select`. A row's NaN makes its search's first score NaN."""
-        if normalized or not self._serves(logits, spans):
+        if not self._serves(logits, spans, normalized):
             return select(logits, spans, normalized)
         if self._kernels is None:
             self._kernels = BeamKernels(
                 self._gpu, vocab_size=self._vocab, max_rows=self._max_rows, max_candidates=MAX_CANDIDATES,
                 logits_dtype=self._dtype,
             )  # fmt: skip
-        rows, requests = self._settings(spans, len(logits))
+        rows, requests = self._settings(spans, len(logits), logits.data_ptr() if normalized else 0)
+        if normalized:  # the kernels read the log probabilities where the settings say; these logits fail nobody
+            flat = torch.zeros(1, self._vocab, dtype=self._dtype, device=logits.device)
+            logits = flat.expand(len(logits), -1)
         device, count, width = self._gpu.device, len(spans.first), max(spans.counts)
         staging = torch.empty(len(logits), dtype=torch.float32, pin_memory=device.type == "cuda")
         scores = staging.copy_(spans.cumulative).to(device, non_blocking=True)
@@ -54,14 +57,21 @@ class KernelSelect:
         self.launches += 1
         return planes
 
-    def _serves(self, logits: Tensor, spans: Spans) -> bool:
+    def _serves(self, logits: Tensor, spans: Spans, normalized: bool) -> bool:
         shared = len(set(spans.first)) < len(spans.first)
         large = max(spans.counts) > MAX_CANDIDATES or max(spans.rows) > MAX_BEAMS or len(logits) > self._max_rows
-        return not (shared or large) and logits.dtype == self._dtype
+        fits = logits.dtype == (torch.float32 if normalized else self._dtype) and logits.is_contiguous()
+        return fits and not (shared or large)
 
-    def _settings(self, spans: Spans, total: int) -> tuple[Tensor, Tensor]:
-        """The kernels' tables on the device, kept while the searches stay the same."""
-        shape = spans.first, spans.rows, spans.counts, total
+    def _settings(self, spans: Spans, total: int, given: int) -> tuple[Tensor, Tensor]:
+        """The kernels' tables on the device, kept while the searches stay the same.
+
+        Args:
+            spans: the searches.
+            total: rows of logits.
+            given: address of log probabilities to be taken instead; 0: of the logits.
+        """
+        shape = spans.first, spans.rows, spans.counts, total, given
         if self._tables is None or self._shape != shape:
             table = np.zeros(total, dtype=BEAM_ROW)
             table["repetition"] = 1.0
@@ -70,6 +80,8 @@ class KernelSelect:
             beam = np.arange(len(owners)) - np.repeat(np.cumsum([0, *spans.rows[:-1]]), spans.rows)
             at = first[owners] + beam
             table["k"][at], table["beam"][at], table["used"][at] = counts[owners], beam, 1
+            if given:
+                table["edited"], table["given"] = given + 4 * self._vocab * np.arange(total, dtype=np.uint64), 1
             requests = np.zeros(len(spans.first), dtype=BEAM_REQUEST)
             requests["first"], requests["rows"], requests["k"] = spans.first, spans.rows, spans.counts
             self._tables = self._upload(table), self._upload(requests)
