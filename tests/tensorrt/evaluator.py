@@ -80,6 +80,10 @@ class Evaluator:
             values[output.name] = result
         return {o.name: values[o.name] for o in map(self._net.get_output, range(self._net.num_outputs))}
 
+    def constant_values(self) -> int:
+        """How many numbers the network holds itself."""
+        return sum(layer.weights.size for layer, kind in self._layers if kind == "CONSTANT")
+
     def _check(self, tensor: Any, value: torch.Tensor, name: str) -> None:
         expected = tuple(tensor.shape)
         fits = len(expected) == value.ndim and all(e in (-1, s) for e, s in zip(expected, value.shape, strict=True))
@@ -177,7 +181,7 @@ class Evaluator:
             lengths = values[attention.key_value_lengths.name]
             hidden = hidden | (torch.arange(k.shape[2]) >= lengths[:, None])[:, None, None]
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        seen_values = torch.where((~hidden).any(2).mT, seen_values, 0)  # what nobody sees may be anything
+        seen_values = torch.where((~hidden).any(2).unsqueeze(-1), seen_values, 0)  # what nobody sees may be anything
         return (weights @ seen_values).to(q.dtype)
 
 
