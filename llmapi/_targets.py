@@ -32,8 +32,8 @@ def parse_targets(value: str | Iterable[str] | None) -> tuple[str, ...]:
     for name in names:
         if name in ("sm90", "sm100", "sm103"):
             raise ConfigError(
-                f"target {name}: TensorRT-RTX has no plans for this GPU ({', '.join(RTX_TARGETS)}); run the model there "
-                "with backend='cuda'"
+                f"target {name}: TensorRT-RTX has no plans for this GPU, only for {', '.join(RTX_TARGETS)}; run the "
+                "model there with backend='cuda'"
             )
         if name not in RTX_TARGETS:
             raise ConfigError(unknown_name("target", name, RTX_TARGETS))

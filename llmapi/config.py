@@ -206,7 +206,9 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
     block_size = options.kv_cache.block_size
     if backend == "tensorrt":  # the linear cache: a block is a whole sequence
         if block_size != "auto":
-            raise ConfigError(f"block_size={block_size}: the tensorrt backend keeps a sequence in one block; leave it out")
+            raise ConfigError(
+                f"block_size={block_size}: the tensorrt backend keeps a sequence in one block; leave it out"
+            )
         block_size = max_seq_len
     elif block_size == "auto":
         block_size = 64 if backend == "cuda" else 16

@@ -1,7 +1,7 @@
 """Attention as native TensorRT layers: a linear KV cache, ``KVCacheUpdate``, ``RotaryEmbedding`` and ``Attention``.
 
-The cache of a sequence is one row of ``[slots, K, C, D]``: the paged cache with one block of ``C`` tokens a sequence. In
-place of the graph's ragged inputs the network has:
+The cache of a sequence is one row of ``[slots, K, C, D]``: the paged cache with one block of ``C`` tokens a sequence.
+In place of the graph's ragged inputs the network has:
 
 ======================= ========== ================================================================================
 the graph's input       network    what it holds
@@ -13,9 +13,9 @@ the graph's input       network    what it holds
 ``query_start``         none
 ======================= ========== ================================================================================
 
-Which keys a query sees is said by a mask made of ``positions``, not by the layer's causal flag: what the flag means where
-lengths differ within the batch and queries are padded is not written down, a mask has one meaning. The lengths are given
-besides, so that a kernel need not read the empty rest of the row.
+Which keys a query sees is said by a mask made of ``positions``, not by the layer's causal flag: what the flag means
+where lengths differ within the batch and queries are padded is not written down, a mask has one meaning. The lengths
+are given besides, so that a kernel need not read the empty rest of the row.
 
 The layer takes no scale, cap, bias or sink. Queries are scaled beforehand; for the others attention is built from
 primitive layers, as it is wherever the layer has no kernel of its own (``decomposable``).
@@ -77,9 +77,7 @@ def rotary_kv_write(
     return q
 
 
-def _rotate(
-    net: Network, x: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool, head_dim: int
-) -> Tensor:
+def _rotate(net: Network, x: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool, head_dim: int) -> Tensor:
     """The leading channels of each head, ``[B, H, S, D]`` in float32."""
     cos, sin = cos_sin
     width = 2 * cos.shape[-1]
@@ -116,7 +114,7 @@ def paged_attention(
     Returns:
         ``[B, S, H D]``.
     """
-    k, v = (net.updated.get(cache.name, cache) for cache in (k_cache, v_cache))
+    k, v = net.updated[k_cache.name], net.updated[v_cache.name]
     q = net.binary("PROD", q, net.scalar(scale, 4))
     if softcap or alibi_slopes is not None or sinks is not None:
         return _from_primitives(net, q, k, v, positions, window, softcap, alibi_slopes, sinks)

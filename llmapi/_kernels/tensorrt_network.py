@@ -3,7 +3,7 @@
 Shapes: a step has ``B`` sequences with ``S`` new tokens each, padded, so what the graph calls ``[T, ...]`` is
 ``[B, S, ...]`` here until rows are picked, and ``[N, ...]`` after. Lowerings take either: they look at the rank.
 
-TensorRT is never imported here: the module is handed in, so that ``tensorrt`` and ``tensorrt_rtx`` are one to lowerings.
+TensorRT is never imported here: the module is handed in; to lowerings ``tensorrt`` and ``tensorrt_rtx`` are one.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class Network:
         shared: what is computed once for the whole network, such as masks, by the name that its lowering gave it.
     """
 
-    def __init__(
-        self, trt: Any, definition: Any, dtype: str, complaints: Callable[[], list[str]] = lambda: []
-    ) -> None:
+    def __init__(self, trt: Any, definition: Any, dtype: str, complaints: Callable[[], list[str]] = list) -> None:
         self.trt, self.definition, self.dtype = trt, definition, data_type(trt, dtype)
         self.path = ""
         self.updated: dict[str, Tensor] = {}
@@ -195,7 +193,9 @@ class Network:
     def _made(self, made: Any, what: str) -> Any:
         if made is None:
             said = "; ".join(self._complaints()) or "it gives no reason"
-            raise BuildError(f"{self.trt.__name__} {self.trt.__version__} refuses {self.path or 'model'}/{what}: {said}")
+            raise BuildError(
+                f"{self.trt.__name__} {self.trt.__version__} refuses {self.path or 'model'}/{what}: {said}"
+            )
         return made
 
 

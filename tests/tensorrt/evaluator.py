@@ -132,7 +132,7 @@ class Evaluator:
 
     def _gather(self, layer: Any, x: list[Any]) -> torch.Tensor:
         assert layer.axis == 0 and layer.mode == self._trt.GatherMode.DEFAULT
-        assert 0 <= int(x[1].min()) and int(x[1].max()) < len(x[0]), f"{layer.name}: an index leaves the table"
+        assert int(x[1].min()) >= 0 and int(x[1].max()) < len(x[0]), f"{layer.name}: an index leaves the table"
         return x[0][x[1].long()]
 
     def _shuffle(self, layer: Any, x: list[Any]) -> torch.Tensor:
@@ -162,7 +162,7 @@ class Evaluator:
         assert layer.cache_mode == self._trt.KVCacheMode.LINEAR and len(cache) == len(new) == len(starts)
         for row, start in enumerate(starts.tolist()):
             stop = start + new.shape[2]
-            assert 0 <= start and stop <= cache.shape[2], f"{layer.name}: {start} to {stop} leaves the cache"
+            assert start >= 0 and stop <= cache.shape[2], f"{layer.name}: {start} to {stop} leaves the cache"
             cache[row, :, start:stop] = new[row]
         return cache
 

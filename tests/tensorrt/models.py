@@ -101,7 +101,8 @@ def lowered(
     model = tiny_model(tiny_config(family, **overrides))
     file = folder / f"{dtype}.safetensors"
     spec = write_model(model, file, dtype)
-    config = resolve(EngineOptions(backend="tensorrt", dtype=dtype, max_seq_len=MAX_SEQ_LEN, max_batch_size=SLOTS), spec)
+    limits = {"max_seq_len": MAX_SEQ_LEN, "max_batch_size": SLOTS}
+    config = resolve(EngineOptions(backend="tensorrt", dtype=dtype, **limits), spec)
     graph = export_graph(spec)
     found = package()
     builder, logger, net = make_network(found, graph, spec, config, constants(spec), path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,6 @@ torch.set_num_threads(1)
 def truth(model: Any, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0]
-
-
-def decode(run: Callable[..., torch.Tensor], texts: list[list[int]], start: int, stop: int) -> torch.Tensor:
-    """Tokens one at a time, all sequences together: ``[sequences, stop - start, V]``."""
-    return torch.stack([run([(t, i, i + 1) for t in texts]) for i in range(start, stop)], 1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,8 +102,8 @@ def shifted_write(net: Network, qkv: Any, cos_sin: Any, index: Any, *rest: Any) 
     return attention_tensorrt.rotary_kv_write(net, qkv, cos_sin, net.binary("SUM", index, one), *rest)
 
 
-def unscaled(net: Network, q: Any, k: Any, v: Any, positions: Any, lens: Any, start: Any, scale: float, *rest: Any) -> Any:
-    return attention_tensorrt.paged_attention(net, q, k, v, positions, lens, start, 1.0, *rest)
+def unscaled(net: Network, q: Any, k: Any, v: Any, pos: Any, lens: Any, start: Any, scale: float, *rest: Any) -> Any:
+    return attention_tensorrt.paged_attention(net, q, k, v, pos, lens, start, 1.0, *rest)
 
 
 def wider_window(net: Network, q: Any, k: Any, v: Any, pos: Any, lens: Any, start: Any, scale: float, window: int,
