@@ -10,7 +10,8 @@ from llmapi.errors import ConfigError, unknown_name
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """What TensorRT-RTX can be asked to build for; Hopper (sm90) is not among them."""
 
-_BF16, _FP8 = 80, 89  # the first architectures that compute in these types
+_FIRST = {"float32": 80, "bfloat16": 80, "float8": 89}
+"""The first architectures that TensorRT-RTX multiplies matrices in these types for; it has float16 for all."""
 
 
 def parse_targets(value: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -52,12 +53,12 @@ def lacking(targets: Sequence[str], dtype: str) -> str | None:
         targets: as :func:`parse_targets` gave them.
         dtype: float32, float16, bfloat16 or float8.
     """
-    first = {"bfloat16": _BF16, "float8": _FP8}.get(dtype, 0)
+    first = _FIRST.get(dtype, 0)
     without = [t for t in targets if number(t) < first]
     if not without:
         return None
-    instead = "'float16'" if dtype == "bfloat16" else "'bfloat16' or 'float16'"
-    return f"{', '.join(without)} cannot compute in {dtype}, which needs sm{first} or newer: use dtype={instead}"
+    names = ", ".join(without)
+    return f"TensorRT-RTX does not compute in {dtype} on {names}, but on sm{first} and newer: use dtype='float16'"
 
 
 def set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:

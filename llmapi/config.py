@@ -270,11 +270,11 @@ def _dtype(asked: str, backend: Backend, spec: TransformerSpec, targets: Sequenc
 
 def _tensorrt_dtype(asked: str, spec: TransformerSpec, targets: Sequence[str]) -> str:
     """A type that every target computes in; without targets, that the GPU at hand does, where there is one."""
-    why = lacking(targets, "bfloat16")
-    if not targets and _device.cuda_visible() and _device.cuda_capability() < (8, 0):
-        why = "this GPU cannot compute in bfloat16, which needs compute capability 8.0: use dtype='float16'"
+    if not targets and _device.cuda_visible():
+        major, minor = _device.cuda_capability()
+        targets = (f"sm{major}{minor}",)
     if asked == "auto":
-        return "float16" if spec.dtype == "float16" or why is not None else "bfloat16"
-    if asked == "bfloat16" and why is not None:
-        raise ConfigError(f"dtype='bfloat16': {why}")
+        return "float16" if spec.dtype == "float16" or lacking(targets, "bfloat16") else "bfloat16"
+    if why := lacking(targets, asked):
+        raise ConfigError(why)
     return asked

@@ -96,6 +96,27 @@ def read_plan(folder: Path) -> tuple[bytes, PlanInfo]:
         raise CacheError(f"the plan in {folder} cannot be read ({error}): remove the entry and build again") from error
 
 
+def gpu_problem(package: Package) -> str | None:
+    """Why TensorRT cannot run on the GPU that torch sees; None where it can."""
+    import torch
+
+    return capability_problem(package, _device.cuda_capability(), torch.cuda.get_device_name())
+
+
+def capability_problem(package: Package, capability: tuple[int, int], gpu: str) -> str | None:
+    """Why TensorRT cannot run on a GPU; None where it can.
+
+    Args:
+        package: the TensorRT.
+        capability: of the GPU.
+        gpu: its name.
+    """
+    here = f"sm{capability[0]}{capability[1]}"
+    if not package.is_rtx or here in RTX_TARGETS:
+        return None
+    return f"TensorRT-RTX does not run on {gpu} ({here}), only on {', '.join(RTX_TARGETS)}: use backend='cuda'"
+
+
 def refuse_misfits(info: PlanInfo, package: Package, capability: tuple[int, int] | None, gpu: str) -> None:
     """Refuse a plan that cannot run here, before TensorRT is asked.
 
@@ -120,13 +141,8 @@ def refuse_misfits(info: PlanInfo, package: Package, capability: tuple[int, int]
             "backend='cpu'. 'llmapi build' and LLM.build() build plans without a GPU"
         )
     here = f"sm{capability[0]}{capability[1]}"
-    if not package.is_rtx:
-        return
-    if here not in RTX_TARGETS:
-        raise ConfigError(
-            f"{built}, and TensorRT-RTX does not run on {gpu} ({here}), only on {', '.join(RTX_TARGETS)}: use "
-            "backend='cuda'"
-        )
+    if problem := capability_problem(package, capability, gpu):
+        raise ConfigError(f"{built}, and {problem}")
     if info.targets and here not in info.targets:
         raise ConfigError(f"{built}, and this is {gpu} ({here}): build it with target='{here}', or without a target")
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+log = logging.getLogger("llmapi")
 
 Result = TypeVar("Result")
 
@@ -39,21 +43,27 @@ def run_interruptible(work: Callable[[], Result], stop: Stop) -> Result:
     """
     results: list[Result] = []
     errors: list[BaseException] = []
+    finished = threading.Event()  # a join that Ctrl-C breaks into takes the thread for ended (Python 3.11)
 
     def run() -> None:
         try:
             results.append(work())
         except BaseException as error:  # raised again on the caller's thread
             errors.append(error)
+        finally:
+            finished.set()
 
     thread = threading.Thread(target=run, name="llmapi-tensorrt", daemon=True)
-    thread.start()
     try:
-        while thread.is_alive():
-            thread.join(_LOOK)
+        thread.start()
+        while not finished.wait(_LOOK):
+            pass
     except BaseException:
         stop.ask()
-        thread.join()
+        log.warning("stopping at TensorRT's next step; the longest takes about as long as half the build")
+        while thread.ident is not None and not finished.is_set():
+            with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C changes nothing: it is ending
+                finished.wait(_LOOK)
         raise
     if errors:
         raise errors[0]
