@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ import torch
 from llmapi import _progress
 from llmapi._build.artifact_keys import runtime_cache_key
 from llmapi._build.graph import Graph
-from llmapi._build.key import Key
 from llmapi._build.tensor_file import TensorFile
 from llmapi._build.tensorrt.package import load_package
 from llmapi._runtime.engine_tensorrt import TensorRTEngine
@@ -25,6 +24,38 @@ if TYPE_CHECKING:
     from llmapi._runtime.start import Prepared
 
 log = logging.getLogger("llmapi")
+
+
+class TensorRTDevice:
+    """What loading asks of torch's current GPU."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.name = torch.cuda.get_device_name()
+        self.driver = int(getattr(torch._C, "_cuda_getDriverVersion", int)())
+        self._own: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def read_weights(self, graph: Graph, file: TensorFile, done: Callable[[int], None]) -> Mapping[str, torch.Tensor]:
+        """The graph's weights by name, on the device."""
+        return read_weights(graph, file, self.device, done)
+
+    def free_bytes(self, utilization: float) -> int:
+        """Bytes that the cache may take: of the share that may be used, what is not used yet."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return max(0, int(total * utilization) - (total - free) - RESERVE)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """A stream of our own, in order with the one that the caller works on; its handle."""
+        caller: Any = torch.cuda.current_stream(self.device)
+        self._own.wait_stream(caller)
+        with torch.cuda.stream(self._own):
+            yield int(self._own.cuda_stream)
+        caller.wait_stream(self._own)
+
+    def synchronize(self) -> None:
+        """Wait until nothing runs any more."""
+        torch.cuda.synchronize(self.device)
 
 
 def load_tensorrt(prepared: Prepared, graph: Graph, weights: TensorFile, *, progress: bool) -> TensorRTEngine:
@@ -42,57 +73,34 @@ def load_tensorrt(prepared: Prepared, graph: Graph, weights: TensorFile, *, prog
     """
     assert prepared.plan is not None
     data, info = read_plan(prepared.plan)
-    package = load_package(info.package)
-    keys = prepared.report.keys
+    builder, plan_digest, label = prepared.builder, prepared.report.keys["plan"], prepared.label
+    gpus: list[TensorRTDevice] = []  # made once it is known that there is one
 
     def kept() -> bytes | None:
-        return prepared.builder.runtime_cache(_cache_key(keys["plan"]))
+        gpus.append(TensorRTDevice())
+        return builder.runtime_cache(runtime_cache_key(plan_digest, gpus[0].name, gpus[0].driver))
 
-    def keep(plan: LoadedPlan) -> None:
+    def leave(plan: LoadedPlan) -> None:
+        gpu.synchronize()
         try:
-            blob = plan.runtime_cache()
-            if blob:
-                prepared.builder.keep_runtime_cache(_cache_key(keys["plan"]), prepared.label, blob)
+            if blob := plan.runtime_cache():
+                builder.keep_runtime_cache(runtime_cache_key(plan_digest, gpu.name, gpu.driver), label, blob)
         except (LLMAPIError, OSError) as error:  # the next start takes longer, that is all
             log.info("what TensorRT made for this GPU is not kept: %s", error)
 
-    plan = open_plan(data, info, package, kept)
-    del data
-    device = torch.device("cuda", torch.cuda.current_device())
+    plan = open_plan(data, info, load_package(info.package), kept)
+    gpu = gpus[0]
 
     def on_device() -> Mapping[str, torch.Tensor]:
         with _progress.bar("load", weights.nbytes, "B", enabled=progress) as done:
-            return read_weights(graph, weights, device, done)
-
-    def free_bytes() -> int:
-        free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(total * prepared.utilization) - (total - free) - RESERVE)
+            return gpu.read_weights(graph, weights, done)
 
     try:
         return TensorRTEngine(
             plan, on_device, prepared.spec, prepared.config,
-            device=device, free_bytes=free_bytes, on_stream=_Stream(device), on_close=keep,
+            device=gpu.device, free_bytes=lambda: gpu.free_bytes(prepared.utilization), on_stream=gpu.stream,
+            on_close=leave,
         )  # fmt: skip
     except BaseException:
         plan.close()
         raise
-
-
-class _Stream:
-    """A stream of the engine's own, in order with the one that the caller works on."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._own: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def __call__(self) -> Iterator[int]:
-        caller: Any = torch.cuda.current_stream(self._own.device)
-        self._own.wait_stream(caller)
-        with torch.cuda.stream(self._own):
-            yield int(self._own.cuda_stream)
-        caller.wait_stream(self._own)
-
-
-def _cache_key(plan_digest: str) -> Key:
-    driver = getattr(torch._C, "_cuda_getDriverVersion", int)()  # a CPU build of torch has none
-    return runtime_cache_key(plan_digest, torch.cuda.get_device_name(), driver)

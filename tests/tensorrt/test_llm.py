@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 from llmapi import LLM, CacheError, ConfigError, SamplingParams
 from llmapi._build.graph import Graph
 from llmapi._build.names import GRAPH_FILE
-from llmapi._build.tensorrt.plan import make_network
+from llmapi._build.tensorrt.package import Package
+from llmapi._build.tensorrt.plan import PlanInfo, make_network
 from llmapi._runtime import load_tensorrt as module
 from llmapi._runtime.engine_tensorrt import TensorRTEngine
-from llmapi._runtime.tensorrt_plan import LoadedPlan, read_plan
+from llmapi._runtime.tensorrt_plan import LoadedPlan, refuse_misfits
 from llmapi.models.transformer import constants
 from tests.api.truth import Truth, prompts_of
 from tests.tensorrt.evaluator import Evaluator
@@ -53,37 +54,51 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fakes]:
-    """Loading goes its usual way, but for the runtime and the device."""
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    """Loading goes its usual way, but for the device and TensorRT's own runtime."""
     made = Fakes()
+    prepared: list[Any] = []
     found = package()
 
-    def load(prepared: Any, graph: Graph, weights: Any, *, progress: bool) -> TensorRTEngine:
-        data, info = read_plan(prepared.plan)
-        assert data[:4] == b"vtrt"
-        text = (prepared.engine / GRAPH_FILE).read_text()
-        spec = prepared.spec
-        builder, logger, net = make_network(found, Graph.parse(text), spec, prepared.config, constants(spec))
+    class CpuDevice(module.TensorRTDevice):
+        def __init__(self) -> None:
+            self.device, self.name, self.driver = torch.device("cpu"), "a GPU", 13000
+
+        def read_weights(self, graph: Graph, file: Any, done: Any) -> dict[str, torch.Tensor]:
+            return {i.name: file.read(i.parts) for i in graph.inputs if i.kind == "weight"}
+
+        def free_bytes(self, utilization: float) -> int:
+            assert utilization == 0.9
+            config, spec = prepared[-1].config, prepared[-1].spec
+            return made.slots * spec.kv_bytes_per_token(4) * config.max_seq_len
+
+        def stream(self) -> Any:
+            return no_stream()
+
+        def synchronize(self) -> None:
+            pass
+
+    def open_fake(plan: bytes, info: PlanInfo, pack: Package, cache: Callable[[], bytes | None]) -> LoadedPlan:
+        assert plan[:4] == b"vtrt" and pack == found
+        refuse_misfits(info, pack, (8, 9), "a GPU")
+        graph = Graph.parse((prepared[-1].engine / GRAPH_FILE).read_text())
+        spec, config = prepared[-1].spec, prepared[-1].config
+        builder, logger, net = make_network(found, graph, spec, config, constants(spec))
         engine = FakeEngine(found, Evaluator(found.trt, net.definition), info, (builder, logger, net))
         made.engines.append(engine)
-        key = prepared.report.keys["plan"]
-        runtime_key = module.runtime_cache_key(key, "fake", 1)
-        made.caches.append(prepared.builder.runtime_cache(runtime_key))
+        made.caches.append(cache())
+        return LoadedPlan(found, engine, info, None, made.caches[-1])
 
-        def keep(plan: LoadedPlan) -> None:
-            prepared.builder.keep_runtime_cache(runtime_key, prepared.label, plan.runtime_cache() or b"")
+    load = module.load_tensorrt
 
-        def tensors() -> dict[str, torch.Tensor]:
-            return {i.name: weights.read(i.parts) for i in graph.inputs if i.kind == "weight"}
+    def remember(asked: Any, *args: Any, **options: Any) -> TensorRTEngine:
+        prepared.append(asked)
+        return load(asked, *args, **options)
 
-        row = prepared.spec.kv_bytes_per_token(4) * prepared.config.max_seq_len
-        return TensorRTEngine(
-            LoadedPlan(found, engine, info, None, made.caches[-1]), tensors, spec, prepared.config,
-            device=torch.device("cpu"), free_bytes=lambda: made.slots * row, on_stream=no_stream, on_close=keep,
-        )  # fmt: skip
-
-    monkeypatch.setattr(module, "load_tensorrt", load)
-    yield made
+    monkeypatch.setattr(module, "load_tensorrt", remember)
+    monkeypatch.setattr(module, "TensorRTDevice", CpuDevice)
+    monkeypatch.setattr(module, "open_plan", open_fake)
+    return made
 
 
 def make(checkpoint: Path, cache: Path, **options: Any) -> LLM:
@@ -169,7 +184,6 @@ def test_one_row_serves_one_after_the_other(checkpoints: dict[str, Path], cache:
 def test_a_plan_whose_description_differs_is_refused(
     checkpoints: dict[str, Path], cache: Path, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeEngine, "num_optimization_profiles", 1, raising=False)
     original = FakeEngine.__init__
 
     def fewer(self: FakeEngine, *args: Any) -> None:
@@ -178,6 +192,19 @@ def test_a_plan_whose_description_differs_is_refused(
 
     monkeypatch.setattr(FakeEngine, "__init__", fewer)
     with pytest.raises(CacheError, match="remove the entry and build again"):
+        make(checkpoints["llama"], cache)
+
+
+def test_a_plan_for_another_gpu_is_refused(checkpoints: dict[str, Path], cache: Path, fakes: Fakes) -> None:
+    with pytest.raises(ConfigError, match=r"built for sm120, and this is a GPU \(sm89\): build it with target='sm89'"):
+        make(checkpoints["llama"], cache, target="sm120")
+
+
+def test_a_cache_without_room_for_a_sequence_is_refused(
+    checkpoints: dict[str, Path], cache: Path, fakes: Fakes
+) -> None:
+    fakes.slots = 0
+    with pytest.raises(ConfigError, match="no room for one block of 96 tokens"):
         make(checkpoints["llama"], cache)
 
 
