@@ -32,7 +32,8 @@ class KvCacheConfig:
     """Memory of keys and values.
 
     Args:
-        block_size: tokens a block: 8, 16, 32, 64 or 128; ``"auto"`` is 16 on the CPU and 64 on a GPU.
+        block_size: tokens a block: 8, 16, 32, 64 or 128; ``"auto"`` is 16 on the CPU and 64 on a GPU. On
+            the tensorrt backend a block is a whole sequence, and none can be given.
         max_tokens: size of the cache in tokens over all sequences; None sizes it by memory.
         memory_bytes: size of the cache in bytes; None sizes it from what is free.
         memory_fraction: share of the free memory to take where neither of the above is given, in (0, 1]. None is a

@@ -150,19 +150,17 @@ def plan_key(
 def misfit(manifest: Manifest) -> str | None:
     """Why this machine cannot use an entry made on another, and what it would need; None where it can.
 
-    Only the compiled step and TensorRT's plans depend on a machine. An entry made by another llmapi is harmless: no key will ask for it.
+    Only the compiled step depends on a machine. An entry made by another llmapi is harmless: no key will ask for it.
 
     Args:
         manifest: of the entry.
     """
-    made = {part.name: part.value for part in manifest.key.parts}
-    if manifest.kind == "plan":
-        return _plan_misfit(json.loads(made["tensorrt"]))
     if manifest.kind != "engine":
         return None
+    made = {part.name: part.value for part in manifest.key.parts}
     target = "cuda" if made.get("target") == "cuda" and _device.cuda_problem() is None else "cpu"
     if made.get("target") == "tensorrt":
-        target = "tensorrt"  # the step alone; whether there is a plan that runs here is another entry's business
+        target = "tensorrt"  # the step alone; its plan is never moved
     for part in (*toolchain_parts(), Part("target", target)):
         if made.get(part.name) != part.value:
             needs, here = _version(made.get(part.name)), _version(part.value)
@@ -179,15 +177,6 @@ def runtime_cache_key(plan_digest: str, gpu: str, driver: int) -> Key:
         driver: version of its driver.
     """
     return Key([schema_part(), Part("plan", plan_digest), Part("gpu", gpu), Part("driver", str(driver))])
-
-
-def _plan_misfit(made: Mapping[str, str]) -> str | None:
-    """A plan is read by the very TensorRT that made it, and by no other."""
-    here = _installed("tensorrt-rtx-cu13" if made["package"] == "tensorrt_rtx" else "tensorrt-cu13")
-    if here == made["version"]:
-        return None
-    found = f"here is {here}" if here else "there is none here"
-    return f"it needs {made['package']} {made['version']}, and {found}; build it here instead"
 
 
 def _version(value: str | None) -> str:

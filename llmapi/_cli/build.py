@@ -37,8 +37,8 @@ def run(args: Namespace) -> int:
     if given.get("backend") == "tensorrt":  # the GPU that it is for need not be here
         if args.output is not None:
             raise ConfigError(
-                "--output with backend tensorrt: a saved engine holds no plan; leave --output out, and move the plan "
-                "to another machine with 'llmapi cache export'"
+                "--output with backend tensorrt: a saved engine holds no plan; leave --output out, and build on the "
+                "other machine, or let it share this cache"
             )
         _show(LLM.build(args.model, **given))
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,18 +83,25 @@ class LoadedPlan:
 
 
 def read_plan(folder: Path) -> tuple[bytes, PlanInfo]:
-    """A plan and its description.
+    """A plan and its description; nothing of it is run before its digest is known to be right.
 
     Args:
         folder: the artifact.
 
     Raises:
-        CacheError: they cannot be read.
+        CacheError: they cannot be read, or the plan is damaged.
     """
     try:
-        return (folder / PLAN_FILE).read_bytes(), PlanInfo.parse((folder / PLAN_INFO_FILE).read_text(encoding="utf-8"))
+        plan = (folder / PLAN_FILE).read_bytes()
+        info = PlanInfo.parse((folder / PLAN_INFO_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise CacheError(f"the plan in {folder} cannot be read ({error}): remove the entry and build again") from error
+    if hashlib.sha256(plan).hexdigest() != info.sha256:
+        raise CacheError(
+            f"the plan in {folder} is damaged: its digest is not that of the build. 'llmapi cache verify' sets "
+            "it aside, and the next start builds it again"
+        )
+    return plan, info
 
 
 def gpu_problem(package: Package) -> str | None:

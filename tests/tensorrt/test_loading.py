@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ LIMITS: dict[str, Any] = {"max_seq_len": 96, "max_batch_size": 4, "max_num_token
 
 
 def info(*targets: str, version: str = "1.7.1.116", name: str = "tensorrt_rtx") -> PlanInfo:
-    return PlanInfo(name, version, list(targets), "bfloat16", {}, {}, [{}, {}])
+    return PlanInfo(name, version, list(targets), "bfloat16", {}, {}, [{}, {}], hashlib.sha256(b"plan").hexdigest())
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_a_plan_is_opened_with_a_context_for_each_profile(ada: None) -> None:
 def test_the_real_runtime_refuses_garbage(ada: None) -> None:
     """The very package, told that there is a GPU: it finds none, and says so without a crash."""
     found = package()
-    plan = PlanInfo(found.name, found.version, [], "bfloat16", {}, {}, [])
+    plan = PlanInfo(found.name, found.version, [], "bfloat16", {}, {}, [], "")
     with pytest.raises((ConfigError, CacheError), match=f"{found.name} {found.version} cannot"):
         open_plan(b"not a plan" * 100, plan, found, lambda: None)
 
@@ -160,6 +161,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_plan(tmp_path)
     (tmp_path / PLAN_INFO_FILE).write_text(info("sm89").text)
     assert read_plan(tmp_path) == (b"plan", info("sm89"))
+    (tmp_path / PLAN_FILE).write_bytes(b"plam")
+    with pytest.raises(CacheError, match=r"is damaged.*llmapi cache verify"):
+        read_plan(tmp_path)
 
 
 def test_a_damaged_plan_in_the_cache_is_built_again(tmp_path: Path, offline_and_quiet: None) -> None:

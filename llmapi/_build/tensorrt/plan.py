@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ class PlanInfo:
         dtype: of weights, activations and caches.
         inputs, outputs: name to type and sizes, -1 where they vary.
         profiles: for each, name to smallest, most common and largest shape.
+        sha256: of the plan's bytes.
     """
 
     package: str
@@ -44,6 +46,7 @@ class PlanInfo:
     inputs: dict[str, list[Any]]
     outputs: dict[str, list[Any]]
     profiles: list[dict[str, list[list[int]]]]
+    sha256: str
 
     @property
     def text(self) -> str:
@@ -169,6 +172,7 @@ def build_plan(
         dict(_described(definition.get_input(i)) for i in range(definition.num_inputs)),
         dict(_described(definition.get_output(i)) for i in range(definition.num_outputs)),
         found,
+        hashlib.sha256(plan).hexdigest(),
     )
     return memoryview(plan), info
 
