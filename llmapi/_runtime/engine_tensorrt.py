@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from llmapi._build.tensorrt.lower import LOGITS, cache_output
+from llmapi._build.tensorrt.lower import LOGITS
+from llmapi._build.tensorrt.path import cache_output
 from llmapi._build.tensorrt.shapes import max_chunk
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine import Engine, num_kv_blocks

@@ -11,8 +11,8 @@ import torch
 from llmapi._build.export import export_graph
 from llmapi._build.graph import Graph
 from llmapi._build.tensor_file import TensorFile
-from llmapi._build.tensorrt.lower import NATIVE, AttentionPath
 from llmapi._build.tensorrt.package import Package, installed, load_package
+from llmapi._build.tensorrt.path import NATIVE, AttentionPath
 from llmapi._build.tensorrt.plan import make_network
 from llmapi.config import EngineConfig, EngineOptions, resolve
 from llmapi.models.spec import TransformerSpec

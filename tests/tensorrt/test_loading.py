@@ -172,10 +172,9 @@ def test_a_damaged_plan_in_the_cache_is_built_again(tmp_path: Path, offline_and_
     arguments = {"backend": "tensorrt", "cache_dir": tmp_path / "cache", **LIMITS}
     LLM.build(model, **arguments)
     [file] = (tmp_path / "cache").rglob(PLAN_FILE)
-    size = file.stat().st_size
     file.chmod(0o644)
     file.write_bytes(file.read_bytes()[:-7])
     report = LLM.build(model, **arguments)
     assert {p.name: p.note for p in report.phases}["plan"] == "built"
-    [file] = (p for p in (tmp_path / "cache" / "v1" / "plan").rglob(PLAN_FILE))
-    assert file.stat().st_size == size
+    [file] = (tmp_path / "cache" / "v1" / "plan").rglob(PLAN_FILE)
+    read_plan(file.parent)  # whole again; not to the byte what it was, for TensorRT's builds vary a little

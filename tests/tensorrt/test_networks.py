@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from llmapi._build.graph import Graph, Node
-from llmapi._build.tensorrt.lower import NATIVE, attention_path
+from llmapi._build.tensorrt.package import Package
+from llmapi._build.tensorrt.path import NATIVE, attention_path
 from llmapi._build.tensorrt.plan import make_network
 from llmapi._kernels import attention_tensorrt, relative_error
 from llmapi._kernels.tensorrt_network import Network
@@ -205,3 +207,10 @@ def test_attention_is_asked_for_by_name() -> None:
     assert attention_path("native") is NATIVE
     with pytest.raises(BuildError, match="'natvie'; did you mean 'native'"):
         attention_path("natvie")
+
+
+def test_a_tensorrt_without_the_layers_is_named(tmp_path: Path) -> None:
+    net = lowered("llama", {}, tmp_path)
+    trt = SimpleNamespace(INetworkDefinition=SimpleNamespace(add_rotary_embedding=None))
+    with pytest.raises(BuildError, match=r"tensorrt 10\.13\.0 has no add_kv_cache_update, add_attention_v2, which"):
+        make_network(Package("tensorrt", "10.13.0", trt), net.graph, net.spec, net.config, constants(net.spec))

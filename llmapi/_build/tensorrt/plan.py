@@ -12,10 +12,10 @@ import torch
 
 from llmapi._build.graph import Graph
 from llmapi._build.tensorrt.log import make_logger
-from llmapi._build.tensorrt.lower import NATIVE, AttentionPath, lower
+from llmapi._build.tensorrt.lower import lower
 from llmapi._build.tensorrt.monitor import Stop, make_monitor, run_interruptible
 from llmapi._build.tensorrt.package import Package
-from llmapi._build.tensorrt.shapes import profiles
+from llmapi._build.tensorrt.path import NATIVE, AttentionPath
 from llmapi._targets import lacking, set_targets
 from llmapi._kernels.tensorrt_network import Network
 from llmapi.config import EngineConfig
@@ -88,10 +88,10 @@ def make_network(
         BuildError: the graph cannot be lowered.
     """
     trt = package.trt
-    if path is NATIVE and not hasattr(trt.INetworkDefinition, "add_kv_cache_update"):
+    if missing := [name for name in path.layers if not hasattr(trt.INetworkDefinition, name)]:
         raise BuildError(
-            f"{package.name} {package.version} has no layers for attention over a cache, which 10.15 brought: install a "
-            "newer one, or tensorrt-rtx-cu13"
+            f"{package.name} {package.version} has no {', '.join(missing)}, which attention over a cache needs: install "
+            "tensorrt 10.15 or newer, or tensorrt-rtx-cu13"
         )
     logger = make_logger(trt)
     builder = trt.Builder(logger)
@@ -110,6 +110,7 @@ def build_plan(
     config: EngineConfig,
     constants: Mapping[str, torch.Tensor],
     done: Callable[[int], None] = lambda more: None,
+    path: AttentionPath = NATIVE,
 ) -> tuple[memoryview, PlanInfo]:
     """Build.
 
@@ -120,6 +121,7 @@ def build_plan(
         config: limits, types and targets.
         constants: the graph's small tables by name.
         done: told how much more of :data:`STEPS` is done.
+        path: how attention is done.
 
     Raises:
         BuildError: a layer is not supported, or TensorRT cannot build the network; with what it says.
@@ -135,14 +137,13 @@ def build_plan(
             "tensorrt-rtx-cu13"
         )
     trt = package.trt
-    builder, logger, net = make_network(package, graph, spec, config, constants)
+    builder, logger, net = make_network(package, graph, spec, config, constants, path)
     settings = builder.create_builder_config()
     settings.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32
     settings.profiling_verbosity = trt.ProfilingVerbosity.LAYER_NAMES_ONLY
     set_targets(trt, settings, targets)
     found: list[dict[str, list[list[int]]]] = []
-    for wanted in profiles(config):
-        shapes = wanted.shapes(graph, spec, config.max_seq_len)
+    for shapes in path.profiles(graph, spec, config):
         profile = builder.create_optimization_profile()
         for name, (smallest, common, largest) in shapes.items():
             profile.set_shape(name, smallest, common, largest)

@@ -76,6 +76,19 @@ def profiles(config: EngineConfig) -> tuple[Profile, Profile]:
     return Profile(many, (1, 1, 1), many), Profile((1, 1, 1), long, (1, 1, chunk))
 
 
+def native_profiles(
+    graph: Graph, spec: TransformerSpec, config: EngineConfig
+) -> list[dict[str, tuple[Shape, Shape, Shape]]]:
+    """The shapes of a natively lowered graph's inputs in each profile.
+
+    Args:
+        graph: the step.
+        spec: the model.
+        config: the engine's limits.
+    """
+    return [profile.shapes(graph, spec, config.max_seq_len) for profile in profiles(config)]
+
+
 def decode_bucket(count: int, most: int) -> int:
     """How many rows of the cache a decode step runs over when it needs ``count``.
 
