@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, overload
 
+from llmapi._targets import parse_targets
 from llmapi.config import EngineOptions, KvCacheConfig
 from llmapi.errors import ConfigError, LLMAPIError, RequestError, unknown_name
 from llmapi.outputs import RequestOutput
@@ -128,6 +129,10 @@ class LLM:
             progress=progress,
         )
         self.model = options.model
+        if backend == "tensorrt":
+            from llmapi._runtime.tensorrt_plan import refuse_ahead
+
+            refuse_ahead(parse_targets(target))
         prepared = prepare(options, engine_options)
         try:
             engine = load_engine(prepared, progress=progress)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmapi import _device
 from llmapi._build.names import PLAN_FILE, PLAN_INFO_FILE
 from llmapi._build.tensorrt.log import make_logger
-from llmapi._build.tensorrt.package import Package
+from llmapi._build.tensorrt.package import Package, load_package
 from llmapi._build.tensorrt.plan import PlanInfo
 from llmapi._targets import RTX_TARGETS
 from llmapi.errors import BuildError, CacheError, ConfigError
@@ -142,7 +142,7 @@ def refuse_misfits(info: PlanInfo, package: Package, capability: tuple[int, int]
             f"the plan was built by {info.package} {info.version}, and {package.name} {package.version} is installed, "
             f"which cannot read it: build it again, or pip install {_distribution(info.package)}=={info.version}"
         )
-    built = f"the plan was built for {', '.join(info.targets) or 'any GPU of TensorRT-RTX'}"
+    built = f"the plan is for {', '.join(info.targets) or 'any GPU of TensorRT-RTX'}"
     if capability is None:
         raise ConfigError(
             f"{built}, and this machine has no NVIDIA GPU that torch can use ({gpu}): run it on one that has, or use "
@@ -153,6 +153,37 @@ def refuse_misfits(info: PlanInfo, package: Package, capability: tuple[int, int]
         raise ConfigError(f"{built}, and {problem}")
     if info.targets and here not in info.targets:
         raise ConfigError(f"{built}, and this is {gpu} ({here}): build it with target='{here}', or without a target")
+
+
+def refuse_here(info: PlanInfo, package: Package) -> None:
+    """:func:`refuse_misfits` for the GPU at hand.
+
+    Args:
+        info: what the plan was built for.
+        package: the TensorRT at hand.
+
+    Raises:
+        ConfigError: it cannot run here.
+    """
+    if not _device.cuda_visible():
+        refuse_misfits(info, package, None, _device.cuda_problem() or "torch sees no GPU")
+        return
+    import torch
+
+    refuse_misfits(info, package, _device.cuda_capability(), torch.cuda.get_device_name())
+
+
+def refuse_ahead(targets: Sequence[str]) -> None:
+    """Refuse what cannot run here before a model is fetched, converted and built for it.
+
+    Args:
+        targets: that a plan is to be built for.
+
+    Raises:
+        ConfigError: no TensorRT is installed, or its plan could not run on this machine.
+    """
+    package = load_package()
+    refuse_here(PlanInfo(package.name, package.version, list(targets), "", {}, {}, [], ""), package)
 
 
 def open_plan(plan: bytes, info: PlanInfo, package: Package, cache: Callable[[], bytes | None]) -> LoadedPlan:
@@ -168,13 +199,7 @@ def open_plan(plan: bytes, info: PlanInfo, package: Package, cache: Callable[[],
         ConfigError: it cannot run on this machine.
         CacheError: it is damaged.
     """
-    problem = None if _device.cuda_visible() else _device.cuda_problem() or "torch sees no GPU"
-    if problem is None:
-        import torch
-
-        refuse_misfits(info, package, _device.cuda_capability(), torch.cuda.get_device_name())
-    else:
-        refuse_misfits(info, package, None, problem)
+    refuse_here(info, package)
     logger = make_logger(package.trt)
     runtime = package.trt.Runtime(logger)
     if package.is_rtx:

@@ -78,9 +78,12 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
         def synchronize(self) -> None:
             pass
 
+    def refuse(info: PlanInfo, pack: Package) -> None:
+        refuse_misfits(info, pack, (8, 9), "a GPU")
+
     def open_fake(plan: bytes, info: PlanInfo, pack: Package, cache: Callable[[], bytes | None]) -> LoadedPlan:
         assert plan[:4] == b"vtrt" and pack == found
-        refuse_misfits(info, pack, (8, 9), "a GPU")
+        refuse(info, pack)
         graph = Graph.parse((prepared[-1].engine / GRAPH_FILE).read_text())
         spec, config = prepared[-1].spec, prepared[-1].config
         builder, logger, net = make_network(found, graph, spec, config, constants(spec))
@@ -95,6 +98,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
         prepared.append(asked)
         return load(asked, *args, **options)
 
+    monkeypatch.setattr("llmapi._runtime.tensorrt_plan.refuse_here", refuse)
     monkeypatch.setattr(module, "load_tensorrt", remember)
     monkeypatch.setattr(module, "TensorRTDevice", CpuDevice)
     monkeypatch.setattr(module, "open_plan", open_fake)
@@ -196,7 +200,7 @@ def test_a_plan_whose_description_differs_is_refused(
 
 
 def test_a_plan_for_another_gpu_is_refused(checkpoints: dict[str, Path], cache: Path, fakes: Fakes) -> None:
-    with pytest.raises(ConfigError, match=r"built for sm120, and this is a GPU \(sm89\): build it with target='sm89'"):
+    with pytest.raises(ConfigError, match=r"is for sm120, and this is a GPU \(sm89\): build it with target='sm89'"):
         make(checkpoints["llama"], cache, target="sm120")
 
 
@@ -208,9 +212,8 @@ def test_a_cache_without_room_for_a_sequence_is_refused(
         make(checkpoints["llama"], cache)
 
 
-def test_without_a_gpu_the_start_says_what_the_plan_is_for(checkpoints: dict[str, Path], cache: Path) -> None:
+def test_without_a_gpu_the_start_says_what_the_plan_is_for(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     package()
-    with pytest.raises(
-        ConfigError, match=r"built for sm89, .* no NVIDIA GPU .* LLM\.build\(\) build plans without a GPU"
-    ):
-        make(checkpoints["llama"], cache, target="sm89")
+    with pytest.raises(ConfigError, match=r"is for sm89, .* no NVIDIA GPU .* LLM\.build\(\) build plans without a GPU"):
+        make(checkpoints["llama"], tmp_path, target="sm89")
+    assert list(tmp_path.iterdir()) == [], "nothing is fetched, converted or built for it"

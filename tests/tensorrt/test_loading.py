@@ -31,11 +31,11 @@ def info(*targets: str, version: str = "1.7.1.116", name: str = "tensorrt_rtx") 
 @pytest.mark.parametrize(
     ("plan", "capability", "said"),
     [
-        (info("sm89"), (12, 0), "built for sm89, and this is a GPU (sm120): build it with target='sm120', or without"),
-        (info("sm80", "sm89"), (8, 6), "built for sm80, sm89, and this is a GPU (sm86)"),
+        (info("sm89"), (12, 0), "is for sm89, and this is a GPU (sm120): build it with target='sm120', or without"),
+        (info("sm80", "sm89"), (8, 6), "the plan is for sm80, sm89, and this is a GPU (sm86)"),
         (info("sm89"), (9, 0), "does not run on a GPU (sm90), only on sm75, sm80, sm86, sm89, sm120, sm121"),
-        (info(), (9, 0), "built for any GPU of TensorRT-RTX, and TensorRT-RTX does not run on a GPU (sm90)"),
-        (info("sm89"), None, "built for sm89, and this machine has no NVIDIA GPU that torch can use (a GPU)"),
+        (info(), (9, 0), "the plan is for any GPU of TensorRT-RTX, and TensorRT-RTX does not run on a GPU (sm90)"),
+        (info("sm89"), None, "the plan is for sm89, and this machine has no NVIDIA GPU that torch can use (a GPU)"),
         (info(version="1.6.0.3"), (8, 9), "built by tensorrt_rtx 1.6.0.3, and tensorrt_rtx 1.7.1.116 is installed"),
         (info(version="1.6.0.3"), (8, 9), "or pip install tensorrt-rtx-cu13==1.6.0.3"),
         (info(name="tensorrt", version="10.15"), (8, 9), "build it again, or pip install tensorrt-cu13==10.15"),
