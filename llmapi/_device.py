@@ -37,6 +37,13 @@ def cuda_problem() -> str | None:
     return None
 
 
+def cuda_visible() -> bool:
+    """Whether torch sees an NVIDIA GPU."""
+    import torch
+
+    return torch.version.cuda is not None and torch.cuda.is_available()
+
+
 @functools.cache
 def cuda_capability() -> tuple[int, int]:
     """Compute capability of the current GPU, such as ``(9, 0)``."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmapi import _device
+from llmapi._targets import lacking, parse_targets
 from llmapi.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 BACKENDS = ("cpu", "cuda", "tensorrt")
 DTYPES = ("float32", "float16", "bfloat16")
 _CPU_DTYPES = ("float32", "bfloat16")
-_DEFAULT_BATCH = {"cpu": 64, "cuda": 256}
-_DEFAULT_TOKENS = {"cpu": 512, "cuda": 8192}
+_DEFAULT_BATCH = {"cpu": 64, "cuda": 256, "tensorrt": 16}
+_DEFAULT_TOKENS = {"cpu": 512, "cuda": 8192, "tensorrt": 2048}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BLOCK_SIZES = (8, 16, 32, 64, 128)
 
@@ -30,7 +32,8 @@ class KvCacheConfig:
     """Memory of keys and values.
 
     Args:
-        block_size: tokens a block: 8, 16, 32, 64 or 128; ``"auto"`` is 16 on the CPU and 64 on a GPU.
+        block_size: tokens a block: 8, 16, 32, 64 or 128; ``"auto"`` is 16 on the CPU and 64 on a GPU. On
+            the tensorrt backend a block is a whole sequence, and none can be given.
         max_tokens: size of the cache in tokens over all sequences; None sizes it by memory.
         memory_bytes: size of the cache in bytes; None sizes it from what is free.
         memory_fraction: share of the free memory to take where neither of the above is given, in (0, 1]. None is a
@@ -94,6 +97,7 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     kv_cache: KvCacheConfig = field(default_factory=KvCacheConfig)
+    target: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in ("auto", *BACKENDS):
@@ -121,6 +125,7 @@ class EngineConfig:
         block_size: tokens a KV block.
         enable_prefix_caching: whether equal prompt beginnings share KV blocks.
         kv_cache: how the KV memory is sized at load.
+        targets: GPU architectures that a TensorRT plan is built for; none for a portable one, and for other backends.
     """
 
     backend: Backend
@@ -132,6 +137,7 @@ class EngineConfig:
     block_size: int
     enable_prefix_caching: bool
     kv_cache: KvCacheConfig
+    targets: tuple[str, ...] = ()
 
     @property
     def kv_dtype_bytes(self) -> int:
@@ -162,6 +168,9 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
         ConfigError: the model or the backend cannot do what was asked.
     """
     backend = _backend(options.backend)
+    if options.target is not None and backend != "tensorrt":
+        raise ConfigError(f"target={options.target!r} with backend={backend!r}: only backend='tensorrt' takes a target")
+    targets = _targets(options.target)
     if backend == "cuda" and spec.head_dim not in _device.HEAD_SIZES:
         sizes = ", ".join(map(str, _device.HEAD_SIZES))
         why = f"this model's heads have {spec.head_dim} channels, and the cuda backend's attention takes {sizes}"
@@ -174,7 +183,7 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
             f"tensor_parallel_size={options.tensor_parallel_size}: the {backend} backend runs on one device; "
             "leave tensor_parallel_size at 1"
         )
-    dtype = _dtype(options.dtype, backend, spec)
+    dtype = _dtype(options.dtype, backend, spec, targets)
     limit = spec.max_position_embeddings
     max_seq_len = options.max_seq_len or limit
     if max_seq_len > limit:
@@ -196,7 +205,13 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
             "model's type; leave it at 'auto'"
         )
     block_size = options.kv_cache.block_size
-    if block_size == "auto":
+    if backend == "tensorrt":  # the linear cache: a block is a whole sequence
+        if block_size != "auto":
+            raise ConfigError(
+                f"block_size={block_size}: the tensorrt backend keeps a sequence in one block; leave it out"
+            )
+        block_size = max_seq_len
+    elif block_size == "auto":
         block_size = 64 if backend == "cuda" else 16
     return EngineConfig(
         backend=backend,
@@ -208,6 +223,7 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
         block_size=block_size,
         enable_prefix_caching=options.enable_prefix_caching,
         kv_cache=options.kv_cache,
+        targets=targets,
     )
 
 
@@ -220,8 +236,8 @@ def _backend(asked: str) -> Backend:
     """The backend to take; "auto" is a GPU where there is one that can be used."""
     if asked == "cpu":
         return "cpu"
-    if asked == "tensorrt":
-        raise ConfigError("backend='tensorrt' is not part of this release: use backend='cuda', 'cpu' or 'auto'")
+    if asked == "tensorrt":  # builds without a GPU, so whether there is one is asked at load
+        return "tensorrt"
     problem = _device.cuda_problem()
     if problem is None:
         return "cuda"
@@ -230,8 +246,16 @@ def _backend(asked: str) -> Backend:
     raise ConfigError(f"backend='cuda' cannot run here: {problem}; or use backend='cpu'")
 
 
-def _dtype(asked: str, backend: Backend, spec: TransformerSpec) -> str:
+def _targets(asked: str | Sequence[str] | None) -> tuple[str, ...]:
+    if asked is None:
+        return ()
+    return parse_targets(asked)
+
+
+def _dtype(asked: str, backend: Backend, spec: TransformerSpec, targets: Sequence[str]) -> str:
     """The type of weights and activations; on a GPU, "auto" is the checkpoint's own if that has 16 bits."""
+    if backend == "tensorrt":
+        return _tensorrt_dtype(asked, spec, targets)
     if backend == "cpu":
         if asked not in ("auto", *_CPU_DTYPES):
             raise ConfigError(f"dtype={asked!r} does not run on the cpu backend: use {' or '.join(_CPU_DTYPES)}")
@@ -242,4 +266,16 @@ def _dtype(asked: str, backend: Backend, spec: TransformerSpec) -> str:
         return asked if has_bfloat16 else "float16"
     if asked == "bfloat16" and not has_bfloat16:
         raise ConfigError("dtype='bfloat16' needs a GPU of compute capability 8.0 (Ampere) or newer: use 'float16'")
+    return asked
+
+
+def _tensorrt_dtype(asked: str, spec: TransformerSpec, targets: Sequence[str]) -> str:
+    """A type that every target computes in; without targets, that the GPU at hand does, where there is one."""
+    if not targets and _device.cuda_visible():
+        major, minor = _device.cuda_capability()
+        targets = (f"sm{major}{minor}",)
+    if asked == "auto":
+        return "float16" if spec.dtype == "float16" or lacking(targets, "bfloat16") else "bfloat16"
+    if why := lacking(targets, asked):
+        raise ConfigError(why)
     return asked

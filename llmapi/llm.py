@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, overload
 
+from llmapi._targets import parse_targets
 from llmapi.config import EngineOptions, KvCacheConfig
 from llmapi.errors import ConfigError, LLMAPIError, RequestError, unknown_name
 from llmapi.outputs import Perplexity, RequestOutput, Score
@@ -51,6 +52,8 @@ class LLM:
             ``max_batch_size``.
         gpu_memory_utilization: share of the GPU's memory to use, in (0, 1]; no meaning on the cpu backend.
         kv_cache_config: a :class:`KvCacheConfig`, or a dict of its arguments.
+        target: GPU architectures to build a TensorRT plan for, such as ``"sm89"`` or ``"sm89,sm120"``; None makes one
+            for any GPU that TensorRT-RTX runs on. Of the tensorrt backend alone.
         enable_prefix_caching: let prompts that begin alike share their KV blocks.
         tensor_parallel_size: devices to spread the model over; 1 on the cpu backend.
         cache_dir: root of the build cache; None is ``LLMAPI_CACHE_DIR``, else the user's cache folder.
@@ -88,6 +91,7 @@ class LLM:
         max_num_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
         kv_cache_config: KvCacheConfig | dict[str, Any] | None = None,
+        target: str | Sequence[str] | None = None,
         enable_prefix_caching: bool = True,
         tensor_parallel_size: int = 1,
         cache_dir: str | PathLike[str] | None = None,
@@ -109,6 +113,7 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             tensor_parallel_size=tensor_parallel_size,
             kv_cache=KvCacheConfig.of(kv_cache_config),
+            target=target,
         )
         from llmapi._runtime.start import ModelOptions, load_engine, prepare
 
@@ -127,6 +132,10 @@ class LLM:
             progress=progress,
         )
         self.model = options.model
+        if backend == "tensorrt":
+            from llmapi._runtime.tensorrt_plan import refuse_ahead
+
+            refuse_ahead(parse_targets(target))
         prepared = prepare(options, engine_options)
         try:
             engine = load_engine(prepared, progress=progress)
@@ -144,7 +153,12 @@ class LLM:
         from llmapi._runtime.scheduler import Scheduler
 
         prepared, config = self._prepared, self._prepared.config
-        pool = BlockPool(engine.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        pool = BlockPool(
+            engine.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            compact=config.backend == "tensorrt",
+        )
         scheduler = Scheduler(
             pool,
             max_num_tokens=config.max_num_tokens,
@@ -504,6 +518,33 @@ class LLM:
             engine=p.engine,
             tokenizer=p.tokenizer,
         )
+
+    @classmethod
+    def build(cls, model: str | PathLike[str], **arguments: Any) -> BuildReport:
+        """Bring a model into the cache without loading it; the next start finds everything there.
+
+        TensorRT plans are built for GPUs that are not at hand: ``LLM.build(model, backend="tensorrt", target="sm89")``.
+
+        Args:
+            model: as of the constructor.
+            arguments: of the constructor, by name.
+
+        Returns:
+            what was done, phase by phase.
+
+        Raises:
+            LLMAPIError: as the constructor; BuildError where TensorRT cannot build the model.
+        """
+        from llmapi._runtime.explain import split_arguments
+        from llmapi._runtime.start import prepare
+
+        valid = [n for n in cls.__init__.__annotations__ if n not in ("unknown", "return", "model")]
+        for name in arguments:
+            if name not in valid:
+                raise ConfigError(unknown_name("LLM argument", name, valid))
+        prepared = prepare(*split_arguments(str(model) if isinstance(model, PathLike) else model, arguments))
+        prepared.builder.close()
+        return prepared.report
 
     def close(self) -> None:
         """Abort what runs and give back all memory. Closing twice is closing once."""

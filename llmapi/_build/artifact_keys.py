@@ -113,10 +113,38 @@ def engine_key(spec: TransformerSpec, config: EngineConfig, graph_digest: str) -
 
 
 def _target(backend: str) -> str:
-    """What a compiled step runs on. The machine code of kernels is kept apart, under the GPU's architecture, so that the
-    step itself is the same for every GPU.
+    """What a compiled step runs on. The machine code of kernels is kept apart, under the GPU's architecture, and so are
+    TensorRT's plans, so that the step itself is the same for every GPU.
     """
-    return "cpu" if backend == "cpu" else "cuda"
+    return backend
+
+
+def plan_key(
+    spec: TransformerSpec, config: EngineConfig, graph_digest: str, package: str, version: str
+) -> Key:
+    """Key of a TensorRT plan: what TensorRT is given, and which TensorRT it is.
+
+    Left out: torch (the graph's text says all that it contributed), the size of the KV memory (the number of rows is
+    bound at run time, up to ``max_batch_size``), and weight values, for weights are inputs of the plan.
+
+    Args:
+        spec: the architecture.
+        config: limits, dtypes, targets.
+        graph_digest: of the graph's text after the rewrites.
+        package: ``tensorrt_rtx`` or ``tensorrt``.
+        version: of the package.
+    """
+    return Key(
+        [
+            schema_part(),
+            Part("graph", graph_digest),
+            Part("constants", canonical(spec.to_json()["rope"])),
+            *(Part(name, canonical(value)) for name, value in config.shape_parts().items()),
+            Part("targets", canonical(list(config.targets))),
+            Part("tensorrt", canonical({"package": package, "version": version})),
+            Part("lowering", sources("models", *_operators(), "_build/tensorrt", "_targets.py")),
+        ]
+    )
 
 
 def misfit(manifest: Manifest) -> str | None:
@@ -131,11 +159,24 @@ def misfit(manifest: Manifest) -> str | None:
         return None
     made = {part.name: part.value for part in manifest.key.parts}
     target = "cuda" if made.get("target") == "cuda" and _device.cuda_problem() is None else "cpu"
+    if made.get("target") == "tensorrt":
+        target = "tensorrt"  # the step alone; its plan is never moved
     for part in (*toolchain_parts(), Part("target", target)):
         if made.get(part.name) != part.value:
             needs, here = _version(made.get(part.name)), _version(part.value)
             return f"it needs {part.name} {needs}, and here is {here}; build it here from the weights instead"
     return None
+
+
+def runtime_cache_key(plan_digest: str, gpu: str, driver: int) -> Key:
+    """Key of the kernels that TensorRT-RTX makes of a plan on a GPU. TensorRT checks more of it when it reads them.
+
+    Args:
+        plan_digest: digest of the plan's key.
+        gpu: name of the device.
+        driver: version of its driver.
+    """
+    return Key([schema_part(), Part("plan", plan_digest), Part("gpu", gpu), Part("driver", str(driver))])
 
 
 def _version(value: str | None) -> str:

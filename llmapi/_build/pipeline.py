@@ -12,10 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmapi import _progress
-from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, tokenizer_origin, weights_key
+from llmapi._build.artifact_keys import (
+    engine_key,
+    graph_recipe_key,
+    plan_key,
+    tokenizer_key,
+    tokenizer_origin,
+    weights_key,
+)
 from llmapi._build.checkpoint import open_checkpoint
 from llmapi._build.key import Key
-from llmapi._build.names import CONSTANTS_FILE, GRAPH_FILE, TUNING_FILE, WEIGHTS_FILE
+from llmapi._build.names import (
+    CONSTANTS_FILE,
+    GRAPH_FILE,
+    PLAN_FILE,
+    PLAN_INFO_FILE,
+    RUNTIME_CACHE_FILE,
+    TUNING_FILE,
+    WEIGHTS_FILE,
+)
 from llmapi._build.report import BuildReport
 from llmapi._build.saved import SavedEngine
 from llmapi._build.store import Staging, Store
@@ -155,6 +170,69 @@ class Builder:
             self.report.keys["engine"] = key.digest
             return saved.engine
         return self._obtain("build", "engine", key, label, build)
+
+    def plan(self, recipe: Recipe, engine: Path, label: str) -> Path:
+        """Folder with TensorRT's plan of a compiled step, built if the cache has none. No GPU is needed.
+
+        Args:
+            recipe: what to build.
+            engine: folder of the compiled step.
+            label: the model's name.
+
+        Raises:
+            ConfigError: TensorRT is not installed, of another version, or cannot build for the targets.
+            BuildError: the model cannot be lowered or built.
+        """
+        from llmapi._build.tensorrt.package import load_package
+
+        package = load_package()
+        text = (engine / GRAPH_FILE).read_text(encoding="utf-8")
+
+        def build(staging: Staging) -> None:
+            from llmapi._build.graph import Graph
+            from llmapi._build.tensorrt.plan import STEPS, build_plan
+            from llmapi.models.transformer import constants
+
+            with self._bar("plan", STEPS) as done:
+                plan, info = build_plan(
+                    package, Graph.parse(text), recipe.spec, recipe.config, constants(recipe.spec), done
+                )
+                staging.need(plan.nbytes)
+                with staging.open(PLAN_FILE) as out:
+                    out.write(plan)
+                with staging.open(PLAN_INFO_FILE) as out:
+                    out.write(info.text.encode())
+
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        key = plan_key(recipe.spec, recipe.config, digest, package.name, package.version)
+        return self._obtain("plan", "plan", key, label, build)
+
+    def runtime_cache(self, key: Key) -> bytes | None:
+        """What TensorRT-RTX made for this GPU in an earlier process; None where nothing was kept.
+
+        Args:
+            key: of the plan and the GPU.
+        """
+        entry = self._store.get("runtime-cache", key)
+        if entry is None:
+            return None
+        with entry:
+            return entry.file(RUNTIME_CACHE_FILE).read_bytes()
+
+    def keep_runtime_cache(self, key: Key, label: str, blob: bytes) -> None:
+        """Keep what TensorRT-RTX made for this GPU; an entry that is there stays.
+
+        Args:
+            key: of the plan and the GPU.
+            label: the model's name.
+            blob: what to keep.
+        """
+
+        def build(staging: Staging) -> None:
+            with staging.open(RUNTIME_CACHE_FILE) as out:
+                out.write(blob)
+
+        self._store.build("runtime-cache", key, label, build).close()
 
     def _graph(self, spec: TransformerSpec, label: str, saved: SavedEngine | None) -> tuple[Path, str]:
         """File and digest of the exported, rewritten graph: a saved engine's, the cache's, or a new one."""

@@ -14,7 +14,7 @@ class Phase:
     """One phase of a start.
 
     Attributes:
-        name: import, fetch, tokenizer, digest, convert, export, build, kernels, tune or load.
+        name: import, fetch, tokenizer, digest, convert, export, build, plan, kernels, tune or load.
         seconds: how long it took.
         nbytes: bytes read or written, where that is what it does.
         note: what happened, e.g. ``cache hit``.

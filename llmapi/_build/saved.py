@@ -60,7 +60,8 @@ class SavedEngine:
         for name in ("backend", "dtype"):
             if getattr(asked, name) == "auto":
                 filled[name] = self.limits[name]
-        if asked.kv_cache.block_size == "auto":
+        linear = "tensorrt" in (asked.backend, filled.get("backend"))  # a block is a whole sequence there
+        if asked.kv_cache.block_size == "auto" and self.limits["backend"] != "tensorrt" and not linear:
             filled["kv_cache"] = replace(asked.kv_cache, block_size=self.limits["block_size"])
         return replace(asked, **filled)
 

@@ -122,10 +122,10 @@ def gpus() -> list[Check]:
     later = f"pip install 'llmapi[cuda]'; {_LATER}"
     found.append(_optional("CUDA for Python", ("cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"), later))
     found.append(_nvrtc(later))
-    for name, module, extra in (("TensorRT", "tensorrt", "tensorrt"), ("TensorRT-RTX", "tensorrt_rtx", "rtx")):
+    for name, module, extra in (("TensorRT", "tensorrt", "tensorrt"), ("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx")):
         here = importlib.util.find_spec(module) is not None
         what = _module_version(module) if here else "not installed"
-        remedy = f"pip install 'llmapi[{extra}]', once a release has the tensorrt backend; {_LATER}"
+        remedy = f"pip install 'llmapi[{extra}]'; {_LATER}"
         found.append(Check(name, here, what, remedy))
     return found
 
@@ -181,12 +181,32 @@ def backends() -> list[Check]:
 
     found = []
     for name in BACKENDS:
+        if name == "tensorrt":
+            found.append(_tensorrt())
+            continue
         try:
             _backend(name)
             found.append(Check(name, True, "runs"))
         except ConfigError as error:
             found.append(Check(name, False, str(error)))
     return found
+
+
+def _tensorrt() -> Check:
+    """Whether TensorRT builds plans here, and whether it can run them."""
+    from llmapi import _device
+    from llmapi._build.tensorrt.package import load_package
+    from llmapi._runtime.tensorrt_plan import gpu_problem
+
+    try:
+        package = load_package()
+        problem = _device.cuda_problem() if not _device.cuda_visible() else gpu_problem(package)
+    except (ConfigError, ImportError) as error:
+        return Check("tensorrt", False, str(error))
+    builds = f"builds plans with {package.name} {package.version}"
+    if problem is None:
+        return Check("tensorrt", True, f"{builds}, and runs them")
+    return Check("tensorrt", False, f"{builds}, and runs none: {problem}", _LATER)
 
 
 def _required(name: str, oldest: str) -> Check:

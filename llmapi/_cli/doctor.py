@@ -44,5 +44,5 @@ def run(args: Namespace) -> int:
         from llmapi import _device
 
         runs = "cpu backend" if _device.cuda_problem() else "cuda and cpu backends; 'auto' takes cuda"
-        print(f"This machine runs models on the {runs}. The tensorrt backend is not part of this release.")
+        print(f"This machine runs models on the {runs}.")
     return 1 if needed_fails else 0

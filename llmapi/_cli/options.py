@@ -86,6 +86,7 @@ ENGINE = (
     Option("refresh", "ask the hub for a newer revision", _SWITCH),
     Option("load_format", "auto, or dummy for random weights", {"metavar": "FORMAT"}),
     Option("backend", "auto, cpu, cuda or tensorrt", {"metavar": "NAME"}),
+    Option("target", "GPU architectures of a TensorRT plan, such as sm89,sm120; none for any", {"metavar": "SM,SM"}),
     Option("dtype", "auto, float32, bfloat16 or float16", {"metavar": "TYPE"}),
     Option("max_seq_len", "longest sequence in tokens, prompt and output together", _WHOLE),
     Option("max_batch_size", "most sequences in one step (64)", _WHOLE),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from llmapi._kernels import gated_activation_cuda
+from llmapi._kernels import gated_activation_cuda, gated_activation_tensorrt
 from llmapi._kernels.native import NativeKernels
 from llmapi._kernels.op import Op, Sample
 from llmapi.models.activations import ACTIVATIONS
@@ -57,6 +57,7 @@ GATED_ACTIVATION = Op(
     shape=lambda gate_up, kind: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
     reference=gated_activation,
     cuda=gated_activation_cuda.gated_activation,
+    tensorrt=gated_activation_tensorrt.gated_activation,
     cpu=_cpu,
     native=_native,
     samples=_samples,

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from llmapi._kernels import norm_cuda
+from llmapi._kernels import norm_cuda, norm_tensorrt
 from llmapi._kernels.native import NativeKernels
 from llmapi._kernels.op import Op, Sample
 
@@ -140,6 +140,7 @@ RMS_NORM = Op(
     shape=lambda x, weight, eps: torch.empty_like(x),
     reference=rms_norm,
     cuda=norm_cuda.rms_norm,
+    tensorrt=norm_tensorrt.rms_norm,
     cpu=_rms_norm_cpu,
     native=_rms_norm_native,
     samples=_rms_samples,
@@ -152,6 +153,7 @@ ADD_RMS_NORM = Op(
     shape=lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x)),
     reference=add_rms_norm,
     cuda=norm_cuda.add_rms_norm,
+    tensorrt=norm_tensorrt.add_rms_norm,
     cpu=_add_rms_norm_cpu,
     native=_add_rms_norm_native,
     samples=_add_rms_samples,
@@ -164,6 +166,7 @@ ADD_LAYER_NORM = Op(
     shape=lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x)),
     reference=add_layer_norm,
     cuda=norm_cuda.add_layer_norm,
+    tensorrt=norm_tensorrt.add_layer_norm,
     cpu=_add_layer_norm_cpu,
     native=_add_layer_norm_native,
     samples=_add_layer_samples,

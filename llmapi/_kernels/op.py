@@ -40,6 +40,8 @@ class Op:
         cpu: the CPU implementation, called as ``cpu(*args, plan=...)`` where :attr:`reads_plan`, else ``cpu(*args)``;
             None binds the reference.
         cuda: the launch on a GPU, called as ``cuda(gpu, *args)``; None where an engine binds the operator itself.
+        tensorrt: the lowering to native TensorRT layers, called as ``tensorrt(network, *args)`` with the
+            :class:`~llmapi._kernels.tensorrt_network.Network`; None where there is none.
         native: the compiled CPU implementation for float32, called as ``native(kernels, *args)`` with the
             :class:`~llmapi._kernels.native.NativeKernels`, and ``plan=...`` where :attr:`reads_plan`; what it does not
             cover it hands on to ``cpu``. None binds ``cpu``.
@@ -59,6 +61,7 @@ class Op:
     reason: str
     cpu: Callable[..., Any] | None = None
     cuda: Callable[..., Any] | None = None
+    tensorrt: Callable[..., Any] | None = None
     native: Callable[..., Any] | None = None
     reads_plan: bool = False
     mutates: tuple[int, ...] = field(default=())

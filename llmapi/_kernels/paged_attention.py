@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from llmapi._kernels import attention_tensorrt
 from llmapi._kernels.native import LANES, MAX_GROUP, MAX_HEAD_DIM, NativeKernels
 from llmapi._kernels.op import Op, Sample
 from llmapi._kernels.plan import CpuPlan, Span
@@ -230,6 +231,7 @@ PAGED_ATTENTION = Op(
     ),
     shape=lambda q, *rest: torch.empty_like(q),
     reference=paged_attention,
+    tensorrt=attention_tensorrt.paged_attention,
     cpu=_cpu,
     native=_native,
     reads_plan=True,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from llmapi._kernels import rotary_cuda
+from llmapi._kernels import attention_tensorrt, rotary_cuda
 from llmapi._kernels.native import NativeKernels
 from llmapi._kernels.op import Op, Sample
 from llmapi._kernels.plan import CpuPlan
@@ -167,6 +167,7 @@ ROTARY_COS_SIN = Op(
     shape=lambda positions, inv_freq, scale: inv_freq.new_empty(positions.shape[0], 2 * inv_freq.shape[0]),
     reference=rotary_cos_sin,
     cuda=rotary_cuda.rotary_cos_sin,
+    tensorrt=attention_tensorrt.rotary_cos_sin,
     samples=_cos_sin_samples,
     tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6},
     reason="float32 whatever the model's dtype; angles are one float32 product, as the models were trained with",
@@ -180,6 +181,7 @@ ROTARY_KV_WRITE = Op(
     shape=_write_shape,
     reference=rotary_kv_write,
     cuda=rotary_cuda.rotary_kv_write,
+    tensorrt=attention_tensorrt.rotary_kv_write,
     cpu=_write_cpu,
     native=_write_native,
     reads_plan=True,

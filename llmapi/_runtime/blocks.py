@@ -70,12 +70,21 @@ class BlockPool:
     the pool that is kept empty for the sake of runs, by evicting early whenever a new place is sought. On a GPU, which
     gathers anyway, leave it at 0.
 
+    ``compact`` places blocks as low as possible instead: for a cache whose blocks are whole sequences, which never grow
+    into a second one and are read as one window from the lowest to the highest.
+
     Attributes:
         counts: by block, how many owners it has; only to be read.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True, spare: float = 0.0
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        spare: float = 0.0,
+        compact: bool = False,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs a block and a token: num_blocks={num_blocks}, block_size={block_size}")
@@ -91,6 +100,7 @@ class BlockPool:
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._num_free = num_blocks
+        self._compact = compact
         self._min_empty = max(1, int(spare * num_blocks))
 
     @property
@@ -124,8 +134,9 @@ class BlockPool:
         else:
             while self._cached and self._num_free - len(self._cached) < self._min_empty:
                 self._evict()
-            start, length = self._empty.roomiest()
-            block = start if start == 0 or not self.counts[start - 1] else start + length // 2
+            start, length = self._empty.lowest() if self._compact else self._empty.roomiest()
+            at_start = self._compact or start == 0 or not self.counts[start - 1]
+            block = start if at_start else start + length // 2
             self._empty.take(start, block)
         self.counts[block] = 1
         self._num_free -= 1

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from llmapi import _env
-from llmapi._build.artifact_keys import engine_key, graph_recipe_key, tokenizer_key, tokenizer_origin, weights_key
+from llmapi._build.artifact_keys import (
+    engine_key,
+    graph_recipe_key,
+    plan_key,
+    tokenizer_key,
+    tokenizer_origin,
+    weights_key,
+)
 from llmapi._build.key import Key, PartDiff
 from llmapi._build.names import GRAPH_FILE
 from llmapi._build.pipeline import Recipe
@@ -25,7 +32,7 @@ class Finding:
     """What a start would find of one artifact.
 
     Attributes:
-        kind: tokenizer, weights or engine.
+        kind: tokenizer, weights, engine or plan.
         key: of the artifact; None where it cannot be known yet, ``note`` says why.
         found: whether it is there.
         entry: the cache's entry; None for a miss, and for what a saved engine holds itself.
@@ -53,7 +60,7 @@ def explain(model: str, **arguments: Any) -> list[Finding]:
     Raises:
         LLMAPIError: the model cannot be found, or cannot be built with these arguments.
     """
-    options, engine = _split(model, arguments)
+    options, engine = split_arguments(model, arguments)
     root = Path(options.cache_dir).expanduser() if options.cache_dir is not None else _env.cache_dir()
     store = Store(root)
     folder = saved_folder(options.model)
@@ -61,7 +68,7 @@ def explain(model: str, **arguments: Any) -> list[Finding]:
         saved = load_saved(folder)
         held = Finding("weights", None, found=True, note="part of the saved engine")
         recipe = Recipe(None, None, saved.spec, saved_config(saved, options, engine))
-        return [held, _engine(store, recipe, saved)]
+        return [held, _engine(store, recipe, saved), *_plan(store, recipe, saved)]
     digests = DigestMemory(root / "digests")
     snapshot, _, recipe = find_recipe(replace(options, load_format="dummy"), engine, digests)
     if options.load_format != "dummy":
@@ -69,7 +76,7 @@ def explain(model: str, **arguments: Any) -> list[Finding]:
             snapshot, _, recipe = find_recipe(options, engine, digests)
         files = _with_weights(snapshot, options) if snapshot.kind == "hub" else snapshot
         recipe = replace(recipe, snapshot=files, dummy_seed=None)
-    findings = [_weights(store, recipe), _engine(store, recipe)]
+    findings = [_weights(store, recipe), _engine(store, recipe), *_plan(store, recipe)]
     if _keeps_tokenizer(snapshot, options):
         findings.insert(0, _look(store, "tokenizer", tokenizer_key(tokenizer_origin(snapshot))))
     return findings
@@ -83,8 +90,13 @@ def _keeps_tokenizer(snapshot: Snapshot, options: ModelOptions) -> bool:
     return snapshot.kind == "gguf" or (plain and bool(snapshot.tokenizer_files))
 
 
-def _split(model: str, arguments: Mapping[str, Any]) -> tuple[ModelOptions, EngineOptions]:
-    """The arguments of LLM as options of the model and of the engine."""
+def split_arguments(model: str, arguments: Mapping[str, Any]) -> tuple[ModelOptions, EngineOptions]:
+    """The arguments of LLM as options of the model and of the engine.
+
+    Args:
+        model: as for :class:`llmapi.LLM`.
+        arguments: the others.
+    """
     names = {f.name for f in fields(EngineOptions)}
     engine = {name: value for name, value in arguments.items() if name in names}
     rest = {name: value for name, value in arguments.items() if name not in names and name != "kv_cache_config"}
@@ -121,6 +133,27 @@ def _engine(store: Store, recipe: Recipe, saved: SavedEngine | None = None) -> F
     near = store.nearest("engine", engine_key(recipe.spec, recipe.config, "not exported yet"))
     note = "a start has to export the graph first: the architecture, llmapi's sources or torch are new to this cache"
     return Finding("engine", None, nearest=near, note=note)
+
+
+def _plan(store: Store, recipe: Recipe, saved: SavedEngine | None = None) -> list[Finding]:
+    """What a start would find of TensorRT's plan; nothing for backends that have none."""
+    if recipe.config.backend != "tensorrt":
+        return []
+    from llmapi._build.tensorrt.package import load_package
+
+    package = load_package()
+    how = graph_recipe_key(recipe.spec)
+    graph = _look(store, "graph", how).entry
+    if saved is not None and saved.graph_recipe == how.digest:
+        digest = saved.graph_digest
+    elif graph is not None:
+        digest = graph.manifest.files[GRAPH_FILE].sha256
+    else:
+        near = store.nearest(
+            "plan", plan_key(recipe.spec, recipe.config, "not exported yet", package.name, package.version)
+        )
+        return [Finding("plan", None, nearest=near, note="a start has to export the graph first")]
+    return [_look(store, "plan", plan_key(recipe.spec, recipe.config, digest, package.name, package.version))]
 
 
 def _look(store: Store, kind: str, key: Key) -> Finding:

@@ -43,6 +43,11 @@ class FreeRuns:
         bucket[start] = None
         return start, self._length[start]
 
+    def lowest(self) -> tuple[int, int]:
+        """Start and length of the first run; there must be one. Time grows with the number of runs."""
+        start = min(self._length)
+        return start, self._length[start]
+
     def take(self, start: int, item: int) -> None:
         """Take ``item`` out of the run that begins at ``start``."""
         end = start + self._remove(start)

@@ -50,7 +50,8 @@ class Scheduler:
     3. Then, unless something was preempted, waiting sequences by (priority, arrival). The first that must wait makes
        all behind it wait. A sequence is admitted when the blocks for all its tokens, less those of a prefix that is
        found, are free and ``watermark`` blocks are left over, so that the next decode steps of those who run do not
-       throw out the one just admitted: 1/64 of the pool, at least one; none when nothing runs.
+       throw out the one just admitted: 1/64 of the pool, at least one; none when nothing runs, nor where a block
+       holds a whole sequence.
     4. Where a running sequence finds no block, the youngest running one (possibly itself) gives up its own and waits,
        in arrival order, to be recomputed. What it had registered stays in the prefix cache as long as there is room.
 
@@ -75,7 +76,8 @@ class Scheduler:
         self.max_num_tokens = max_num_tokens
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
-        self.watermark = max(1, pool.num_blocks // 64)
+        grows = pool.block_size < max_seq_len  # else a sequence has all it can need from the start
+        self.watermark = max(1, pool.num_blocks // 64) if grows else 0
         self._running: list[Sequence] = []  # oldest first
         self._waiting = WaitingQueue()
         self._parked = Parked()

@@ -87,6 +87,7 @@ class Prepared:
         utilization: share of the GPU's memory that may be used.
         stop_token_ids: ids that end a sequence of this model.
         weights, engine: artifact folders, held by ``builder`` until it is closed.
+        plan: likewise of TensorRT's plan; None for other backends.
     """
 
     spec: TransformerSpec
@@ -100,6 +101,7 @@ class Prepared:
     label: str
     utilization: float
     dummy_seed: int | None = None
+    plan: Path | None = None
 
 
 def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
@@ -169,10 +171,11 @@ def _from_source(
     makes_weights = config.backend == "cuda" and recipe.dummy_seed is not None  # on the GPU, in no time
     weights = None if makes_weights else builder.weights(recipe)
     compiled = builder.engine(recipe, snapshot.model)
+    plan = builder.plan(recipe, compiled, snapshot.model) if config.backend == "tensorrt" else None
     stops = _stop_token_ids(snapshot, config_json, tokenizer)
     return Prepared(
         spec, config, tokenizer, stops, weights, compiled, builder, report, snapshot.model,
-        engine.gpu_memory_utilization, recipe.dummy_seed if makes_weights else None,
+        engine.gpu_memory_utilization, recipe.dummy_seed if makes_weights else None, plan,
     )  # fmt: skip
 
 
@@ -240,10 +243,12 @@ def _from_saved(
     config = saved_config(saved, options, engine)
     home = saved.path if saved.has_tokenizer else None
     tokenizer = find_tokenizer(options, home, builder, digests)
-    compiled = builder.saved_engine(Recipe(None, None, saved.spec, config), saved)
+    recipe = Recipe(None, None, saved.spec, config)
+    compiled = builder.saved_engine(recipe, saved)
+    plan = builder.plan(recipe, compiled, saved.model) if config.backend == "tensorrt" else None
     return Prepared(
         saved.spec, config, tokenizer, saved.stop_token_ids, saved.weights, compiled, builder, report, saved.model,
-        engine.gpu_memory_utilization,
+        engine.gpu_memory_utilization, None, plan,
     )  # fmt: skip
 
 
@@ -290,6 +295,11 @@ def load_engine(prepared: Prepared, *, progress: bool) -> Engine:
             from llmapi._runtime.load_cuda import load_cuda
 
             engine = load_cuda(prepared, graph, weights, constants, progress=progress)
+        elif prepared.config.backend == "tensorrt":
+            from llmapi._runtime.load_tensorrt import load_tensorrt
+
+            assert weights is not None
+            engine = load_tensorrt(prepared, graph, weights, progress=progress)
         else:
             from llmapi._runtime.engine_cpu import CpuEngine
 

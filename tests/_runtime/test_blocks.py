@@ -289,3 +289,12 @@ def test_operations_take_constant_time() -> None:
 def test_modules_do_without_torch() -> None:
     code = "import sys, llmapi._runtime.blocks, llmapi._runtime.scheduler; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_compact_pool_hands_out_the_lowest_blocks() -> None:
+    pool = BlockPool(6, 64, compact=True)
+    assert [pool.allocate() for _ in range(4)] == [0, 1, 2, 3]
+    pool.release(1)
+    pool.release(3)
+    assert [pool.allocate() for _ in range(3)] == [1, 3, 4]
+    pool.check([[0], [1], [2], [3], [4]])

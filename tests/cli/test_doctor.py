@@ -50,8 +50,8 @@ def test_this_machine_runs_models(cli: Cli, tmp_path: Path) -> None:
     assert f"torch: {importlib.metadata.version('torch')}" in result.out
     assert "  OK  cpu: runs\n" in result.out
     assert re.search(r"  no  cuda: backend='cuda' cannot run here: torch .* install a CUDA build of torch", result.out)
-    assert "  no  tensorrt: backend='tensorrt' is not part of this release" in result.out
-    assert result.out.endswith("on the cpu backend. The tensorrt backend is not part of this release.\n")
+    assert re.search(r"  no  tensorrt: (builds plans with \w+ [\d.]+, and runs none|.* needs TensorRT)", result.out)
+    assert result.out.endswith("This machine runs models on the cpu backend.\n")
     assert re.search(r"  OK  locks: ", result.out)
     assert list(tmp_path.iterdir()) == []  # nothing was made
 
@@ -79,7 +79,7 @@ def test_the_oldest_versions_are_those_of_the_package() -> None:
     wanted = dict(d.split(">=") for d in project["dependencies"])
     wanted.pop("mpi4py")  # optional on the cpu backend; it has a check of its own
     assert wanted == checks.REQUIRED
-    for extra in ("gguf", "cuda", "rtx", "tensorrt"):  # that remedies name
+    for extra in ("gguf", "cuda", "tensorrt-rtx", "tensorrt"):  # that remedies name
         assert extra in project["optional-dependencies"]
 
 

@@ -22,7 +22,7 @@ from llmapi._build.store.entry import Entry
 from llmapi._build.store.manifest import MAX_BYTES, Manifest, seal, unseal
 from llmapi.errors import CacheError
 
-LOCAL_KINDS = ("cpu-kernels", "kernel")
+LOCAL_KINDS = ("cpu-kernels", "kernel", "plan", "runtime-cache")
 """Entries of these kinds hold machine code, for a processor or a GPU. No archive carries them: what comes from elsewhere
 is never executed."""
 
