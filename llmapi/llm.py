@@ -448,6 +448,7 @@ class LLM:
 
         Raises:
             RequestError: a text cannot be served.
+            ConfigError: the backend is TensorRT, whose plans give no hidden states.
         """
         from llmapi._runtime.embedding import embed
 
@@ -465,6 +466,7 @@ class LLM:
 
         Raises:
             RequestError: a text cannot be served.
+            ConfigError: the backend is TensorRT, whose plans give no hidden states.
         """
         from llmapi._runtime.embedding import encode
 
@@ -472,6 +474,12 @@ class LLM:
 
     def _probe(self, requests: list[Request], use_tqdm: bool) -> None:
         """Run requests that have probes; raise what the first that failed failed of."""
+        if self._prepared.config.backend == "tensorrt" and any(
+            r.probe is not None and r.probe.hidden for r in requests
+        ):
+            from llmapi._runtime.engine_tensorrt import NO_HIDDEN_STATES
+
+            raise ConfigError(NO_HIDDEN_STATES)
         if requests:
             makers = [lambda request=request: request for request in requests]
             for output in self._run(makers, requests, use_tqdm):  # type: ignore[arg-type]

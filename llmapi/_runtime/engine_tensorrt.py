@@ -16,8 +16,10 @@ from llmapi._runtime.engine import Engine, num_kv_blocks
 from llmapi._runtime.slots_tensorrt import Run, runs_of
 from llmapi._runtime.tensorrt_plan import LoadedPlan
 from llmapi.config import EngineConfig
-from llmapi.errors import BuildError, CapacityError, EngineClosedError
+from llmapi.errors import BuildError, CapacityError, ConfigError, EngineClosedError
 from llmapi.models.spec import TransformerSpec
+
+NO_HIDDEN_STATES = "a TensorRT plan gives logits, no hidden states: embed() and encode() need backend='cuda' or 'cpu'"
 
 _STEP_INPUTS = ("input_ids", "positions", "write_index", "kv_lengths", "logits_indices")
 
@@ -77,6 +79,16 @@ class TensorRTEngine(Engine):
             raise EngineClosedError("this engine was closed: make a new LLM")
         with self._on_stream() as stream:
             return self._step(batch, stream)
+
+    def step_hidden(
+        self, batch: StepBatch, sampled: torch.Tensor | None, projected: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A plan gives logits only; the LLM refuses such requests before they come here.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(NO_HIDDEN_STATES)
 
     def _step(self, batch: StepBatch, stream: int) -> torch.Tensor:
         if batch.copies:
