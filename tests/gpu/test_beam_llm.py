@@ -13,6 +13,8 @@ from tests.api.beam_truth import by_transformers
 from tests.api.truth import Truth, idle, prompts_of, until
 from tests.tiny import tiny_checkpoint
 
+pytestmark = pytest.mark.gpu
+
 
 def test_beams_are_those_of_transformers(tmp_path: Path, cache: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "llama", hidden_size=256)
