@@ -19,6 +19,7 @@ from llmapi._runtime import load_tensorrt as module
 from llmapi._runtime.engine_tensorrt import TensorRTEngine
 from llmapi._runtime.tensorrt_plan import LoadedPlan, refuse_misfits
 from llmapi.models.transformer import constants
+from tests.api.beam_truth import by_transformers
 from tests.api.truth import Truth, prompts_of
 from tests.tensorrt.evaluator import Evaluator
 from tests.tensorrt.fake_runtime import FakeEngine, no_stream
@@ -173,6 +174,30 @@ def test_logits_of_prompts(checkpoints: dict[str, Path], cache: Path, fakes: Fak
         exact = truth.logits(prompt + output.outputs[0].token_ids)
         assert output.prompt_logits is not None
         torch.testing.assert_close(output.prompt_logits, exact[:33], atol=2e-4, rtol=0)
+
+
+def test_hidden_states_are_refused_and_scores_given(checkpoints: dict[str, Path], cache: Path, fakes: Fakes) -> None:
+    truth = Truth(checkpoints["qwen2"])
+    [prompt] = prompts_of([12], seed=8)
+    with make(checkpoints["qwen2"], cache) as llm:
+        for ask in (llm.embed, llm.encode):
+            with pytest.raises(ConfigError, match=r"no hidden states.*backend='cuda' or 'cpu'"):
+                ask(prompt)
+        score = llm.score(prompt, [5, 6, 7])
+        logprobs = truth.logits([*prompt, 5, 6, 7])[len(prompt) - 1 : -1].log_softmax(-1)
+        exact = float(logprobs.gather(1, torch.tensor([[5], [6], [7]])).sum())
+        assert score.logprob == pytest.approx(exact, abs=1e-3)
+
+
+def test_beams_over_slots(checkpoints: dict[str, Path], cache: Path, fakes: Fakes) -> None:
+    truth = Truth(checkpoints["qwen2"])
+    [prompt] = prompts_of([12], seed=9)
+    params = SamplingParams(use_beam_search=True, beam_width=2, max_tokens=6, ignore_eos=True, detokenize=False)
+    with make(checkpoints["qwen2"], cache) as llm:
+        output = llm.generate(prompt, params)
+    [(ids, score), *_] = by_transformers(truth, prompt, 2, count=6, eos=[], n=1)
+    assert output.outputs[0].token_ids == ids
+    assert output.outputs[0].score == pytest.approx(score, abs=1e-3)
 
 
 def test_one_row_serves_one_after_the_other(checkpoints: dict[str, Path], cache: Path, fakes: Fakes) -> None:
