@@ -97,6 +97,7 @@ class Binder:
             "head_dim": spec.head_dim, "block_size": config.block_size,
             "max_batch_size": config.max_batch_size, "max_seq_len": config.max_seq_len,
         }  # fmt: skip
+        self._num_heads, self._head_dim = spec.num_heads, spec.head_dim
         rotated = 0 if spec.rope is None else spec.rope.rotary_dim
         self._fusions = self._find_fusions(dtype, spec.num_heads // spec.num_kv_heads, rotated)
         self._decode = DecodeAttention(gpu, **heads, fusions=set(self._fusions.values()))
@@ -181,18 +182,14 @@ class Binder:
         fusion: Fusion,
         qkv: torch.Tensor,
         cos_sin: torch.Tensor | None,
-        slot_mapping: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        interleaved: bool,
-        *,
+        *others: Any,
         plan: CudaPlan,
     ) -> torch.Tensor | Unrotated:
+        """``write`` in steps that have prompts in them; else its work is left to attention."""
         if plan.context:
-            return write(qkv, cos_sin, slot_mapping, k_cache, v_cache, interleaved)
-        kv_heads, head_dim = k_cache.shape[2:]
-        heads = qkv.view(qkv.shape[0], -1, head_dim)
-        return Unrotated(heads[:, : heads.shape[1] - 2 * kv_heads], cos_sin, fusion)
+            return write(qkv, cos_sin, *others)
+        heads = qkv.view(qkv.shape[0], -1, self._head_dim)
+        return Unrotated(heads[:, : self._num_heads], cos_sin, fusion)
 
     def _attention(
         self,
