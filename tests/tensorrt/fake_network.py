@@ -39,6 +39,11 @@ class Tensor:
     def shape(self) -> Shape:
         return self._shape()
 
+    def settle(self) -> None:
+        """From now on the shape stays: a layer takes the tensor, and its own layer was given all its fields."""
+        found = self.shape
+        self._shape = lambda: found
+
 
 class Layer:
     """``ILayer`` with whatever fields its kind has."""
@@ -46,6 +51,8 @@ class Layer:
     def __init__(self, kind: str, inputs: Sequence[Tensor], **fields: Any) -> None:
         self.kind, self.inputs, self.outputs = kind, list(inputs), []
         self.name = ""
+        for tensor in self.inputs:
+            tensor.settle()
         for name, value in fields.items():
             setattr(self, name, value)
 
