@@ -15,10 +15,9 @@ from llmapi._build.tensorrt.plan import PlanInfo
 from llmapi._targets import RTX_TARGETS
 from llmapi.errors import BuildError, CacheError, ConfigError
 
-
 NO_PLUGIN_RUNS = (
-    "{package} does attention by plugins over the paged cache, which this release builds plans for and does not run: use "
-    "backend='cuda', or install tensorrt-rtx-cu13"
+    "{package} does attention by plugins over the paged cache, which this release builds plans for and does not run: "
+    "use backend='cuda', or install tensorrt-rtx-cu13"
 )
 """Why no plan of the plugin path is loaded."""
 

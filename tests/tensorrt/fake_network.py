@@ -30,7 +30,7 @@ DataType = _enum("DataType", "FLOAT", "HALF", "BF16", "INT32", "INT64", "INT8", 
 
 
 class Tensor:
-    """``ITensor``: of an input, or of a layer's output, whose shape follows from the layer as it is when it is asked."""
+    """``ITensor``: of an input, or of a layer's output, whose shape follows from the layer as it is when asked."""
 
     def __init__(self, name: str, dtype: Any, shape: Callable[[], Shape]) -> None:
         self.name, self.dtype, self._shape = name, dtype, shape
@@ -240,11 +240,10 @@ class Weights:
 
 
 class Builder:
-    """``Builder``: what it is told to build is kept, in ``asked``; the plan's bytes are nothing that could be loaded."""
+    """``Builder``: what it is told to build is kept, in ``asked``; the plan's bytes are nothing to be loaded."""
 
     def __init__(self, logger: Any) -> None:
         self.asked: list[tuple[Any, Any]] = []
-        _BUILDERS.append(self)
 
     def create_network(self, flags: int) -> INetworkDefinition:
         assert flags == 1 << int(NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -264,9 +263,6 @@ class Builder:
     def build_serialized_network(self, definition: INetworkDefinition, settings: Any) -> bytes:
         self.asked.append((definition, settings))
         return b"no plan"
-
-
-_BUILDERS: list[Builder] = []
 
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):
