@@ -6,6 +6,7 @@ references of their operators. Their kernels are tested in tests/_kernels/plugin
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmapi import LLM
 from llmapi._build.artifact_keys import plan_key
 from llmapi._build.export import export_graph
 from llmapi._build.graph import STEP_INPUTS
@@ -26,7 +28,8 @@ from llmapi._build.tensorrt.plugin_path import PATH
 from llmapi._kernels import plugins, relative_error
 from llmapi._kernels.tensorrt_network import Network
 from llmapi._runtime import tensorrt_plan
-from llmapi._runtime.tensorrt_plan import refuse_ahead, refuse_misfits
+from llmapi._runtime.explain import explain
+from llmapi._runtime.tensorrt_plan import read_plan, refuse_ahead, refuse_misfits
 from llmapi.config import resolve
 from llmapi.errors import BuildError, CapacityError, ConfigError
 from llmapi.models.transformer import constants
@@ -34,7 +37,7 @@ from tests._runtime.test_engine_cpu import SPEC
 from tests.tensorrt.fake_network import fake_tensorrt
 from tests.tensorrt.models import package
 from tests.tensorrt.paged_models import PagedNetwork, Sequence, lowered_with_plugins, options
-from tests.tiny import VOCAB
+from tests.tiny import VOCAB, tiny_checkpoint
 
 torch.set_num_threads(1)
 
@@ -211,7 +214,8 @@ def test_profiles_are_fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         plan, info = build_plan(
             Package("tensorrt", trt.__version__, trt), export_graph(spec), spec, config, constants(spec), path=PATH
         )
-    assert bytes(plan) == b"no plan" and info.attention == "plugin"
+    assert json.loads(bytes(plan)) == {"cleared": ["TF32"], "profiles": info.profiles}
+    assert info.attention == "plugin" and list(info.outputs) == ["logits"]
     assert type(info).parse(info.text) == info
     assert [(p["input_ids"][0], p["seq_lens"][0], p["logits_indices"][0]) for p in info.profiles] == [
         ([1], [1], [1]), ([2], [2], [2]), ([4], [4], [4]), ([8], [4], [4]), ([16], [4], [4]), ([20], [4], [4]),
@@ -268,6 +272,28 @@ def test_the_key_knows_the_kernels_and_the_gpu(monkeypatch: pytest.MonkeyPatch) 
 def test_the_package_decides() -> None:
     assert attention_path(Package("tensorrt_rtx", "1.7", None).attention) is NATIVE
     assert attention_path(Package("tensorrt", "10.15", None).attention) is PATH
+
+
+def test_a_build_takes_plugins_and_keeps_plans_of_gpus_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way of ``LLM.build``, and what ``llmapi cache why`` says of the plan."""
+    model = tiny_checkpoint(tmp_path / "model", "llama", head_dim=64)
+    limits = {"max_seq_len": 96, "max_batch_size": 4, "max_num_tokens": 48}
+    arguments: dict[str, Any] = {"backend": "tensorrt", "cache_dir": tmp_path / "cache", **limits}
+    monkeypatch.setattr("llmapi._build.tensorrt.package.installed", lambda: ["tensorrt"])
+    monkeypatch.setattr(plugin_path, "arch_at_hand", lambda: "sm_89")
+    with fake_tensorrt():
+        first = LLM.build(model, **arguments)
+        again = LLM.build(model, **arguments)
+        monkeypatch.setattr(plugin_path, "arch_at_hand", lambda: "sm_90")
+        why = explain(str(model), **arguments)[-1]
+        other = LLM.build(model, **arguments)
+    assert {p.name: p.note for p in first.phases}["plan"] == "built" and again.cached and again.keys == first.keys
+    assert why.kind == "plan" and not why.found and why.nearest is not None
+    assert [str(d) for d in why.nearest[1]] == ["gpu: sm_89 -> sm_90"]
+    assert other.keys["plan"] != first.keys["plan"] and other.keys["engine"] == first.keys["engine"]
+    _, info = read_plan(tmp_path / "cache" / "v1" / "plan" / first.keys["plan"])
+    assert info.attention == "plugin" and info.inputs["pools"] == ["INT64", [7]]
+    assert info.inputs["input_ids"] == ["INT32", [-1]] and info.inputs["block_tables"] == ["INT32", [-1, 2]]
 
 
 def test_rtx_has_no_plugins() -> None:
