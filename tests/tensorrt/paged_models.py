@@ -172,19 +172,22 @@ def options(**more: Any) -> EngineOptions:
     return EngineOptions(backend="tensorrt", **{**limits, **more})
 
 
-def lowered_with_plugins(family: str, folder: Any, path: AttentionPath = PATH, **overrides: Any) -> PagedNetwork:
+def lowered_with_plugins(
+    family: str, folder: Any, path: AttentionPath = PATH, dtype: str = "float32", **overrides: Any
+) -> PagedNetwork:
     """A tiny model as a network with plugins, for SM89.
 
     Args:
         family: llama, mistral, qwen2 or gpt2.
         folder: for its weights.
         path: how attention is done.
+        dtype: of the network.
         overrides: fields of its configuration to change.
     """
     model = tiny_model(tiny_config(family, **{**SIZES[family], **overrides}))
     file = folder / "weights.safetensors"
-    spec = write_model(model, file, "float32")
-    config, graph = resolve(options(), spec), export_graph(spec)
+    spec = write_model(model, file, dtype)
+    config, graph = resolve(options(dtype=dtype), spec), export_graph(spec)
     with fake_tensorrt() as trt, pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmapi._build.tensorrt.plugin_path.arch_at_hand", lambda: "sm_89")
         package = Package("tensorrt", trt.__version__, trt)
