@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import llmapi
@@ -120,7 +121,12 @@ def _target(backend: str) -> str:
 
 
 def plan_key(
-    spec: TransformerSpec, config: EngineConfig, graph_digest: str, package: str, version: str
+    spec: TransformerSpec,
+    config: EngineConfig,
+    graph_digest: str,
+    package: str,
+    version: str,
+    path_parts: Mapping[str, str] = MappingProxyType({}),
 ) -> Key:
     """Key of a TensorRT plan: what TensorRT is given, and which TensorRT it is.
 
@@ -133,6 +139,7 @@ def plan_key(
         graph_digest: of the graph's text after the rewrites.
         package: ``tensorrt_rtx`` or ``tensorrt``.
         version: of the package.
+        path_parts: what the attention's path adds, :attr:`llmapi._build.tensorrt.path.AttentionPath.key_parts`.
     """
     return Key(
         [
@@ -143,6 +150,7 @@ def plan_key(
             Part("targets", canonical(list(config.targets))),
             Part("tensorrt", canonical({"package": package, "version": version})),
             Part("lowering", sources("models", *_operators(), "_build/tensorrt", "_targets.py")),
+            *(Part(name, value) for name, value in path_parts.items()),
         ]
     )
 

@@ -184,8 +184,10 @@ class Builder:
             BuildError: the model cannot be lowered or built.
         """
         from llmapi._build.tensorrt.package import load_package
+        from llmapi._build.tensorrt.path import attention_path
 
         package = load_package()
+        path = attention_path(package.attention)
         text = (engine / GRAPH_FILE).read_text(encoding="utf-8")
 
         def build(staging: Staging) -> None:
@@ -195,7 +197,7 @@ class Builder:
 
             with self._bar("plan", STEPS) as done:
                 plan, info = build_plan(
-                    package, Graph.parse(text), recipe.spec, recipe.config, constants(recipe.spec), done
+                    package, Graph.parse(text), recipe.spec, recipe.config, constants(recipe.spec), done, path
                 )
                 staging.need(plan.nbytes)
                 with staging.open(PLAN_FILE) as out:
@@ -204,7 +206,7 @@ class Builder:
                     out.write(info.text.encode())
 
         digest = hashlib.sha256(text.encode()).hexdigest()
-        key = plan_key(recipe.spec, recipe.config, digest, package.name, package.version)
+        key = plan_key(recipe.spec, recipe.config, digest, package.name, package.version, path.key_parts())
         return self._obtain("plan", "plan", key, label, build)
 
     def runtime_cache(self, key: Key) -> bytes | None:

@@ -1,7 +1,8 @@
 """Network: a TensorRT network in the making, in the words that operators' lowerings use.
 
-Shapes: a step has ``B`` sequences with ``S`` new tokens each, padded, so what the graph calls ``[T, ...]`` is
-``[B, S, ...]`` here until rows are picked, and ``[N, ...]`` after. Lowerings take either: they look at the rank.
+Shapes: in the native path a step has ``B`` sequences with ``S`` new tokens each, padded, so what the graph calls
+``[T, ...]`` is ``[B, S, ...]`` until rows are picked, and ``[N, ...]`` after; with plugins it stays ``[T, ...]``.
+Lowerings take either: they look at the rank.
 
 TensorRT is never imported here: the module is handed in; to lowerings ``tensorrt`` and ``tensorrt_rtx`` are one.
 """
@@ -183,11 +184,19 @@ class Network:
         """
         return self._layer(what, layer)
 
-    def _layer(self, what: str, layer: Any) -> Tensor:
-        self._made(layer, what)
+    def name(self, what: str) -> str:
+        """A name for one more layer of the module that is being lowered, which no other layer gets.
+
+        Args:
+            what: which layer of that module it is.
+        """
         name = f"{self.path or 'model'}/{what}"
         self._names[name] += 1
-        layer.name = name if self._names[name] == 1 else f"{name}.{self._names[name]}"
+        return name if self._names[name] == 1 else f"{name}.{self._names[name]}"
+
+    def _layer(self, what: str, layer: Any) -> Tensor:
+        self._made(layer, what)
+        layer.name = self.name(what)
         return layer.get_output(0)
 
     def _made(self, made: Any, what: str) -> Any:
@@ -204,7 +213,7 @@ def data_type(trt: Any, dtype: str) -> Any:
 
     Args:
         trt: the module.
-        dtype: float32, float16, bfloat16, int32 or bool.
+        dtype: float32, float16, bfloat16, int32, int64 or bool.
     """
-    names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32", "bool": "BOOL"}
-    return getattr(trt.DataType, names[dtype])
+    names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "bool": "BOOL"}
+    return getattr(trt.DataType, names.get(dtype, dtype.upper()))

@@ -140,8 +140,10 @@ def _plan(store: Store, recipe: Recipe, saved: SavedEngine | None = None) -> lis
     if recipe.config.backend != "tensorrt":
         return []
     from llmapi._build.tensorrt.package import load_package
+    from llmapi._build.tensorrt.path import attention_path
 
     package = load_package()
+    parts = attention_path(package.attention).key_parts()
     how = graph_recipe_key(recipe.spec)
     graph = _look(store, "graph", how).entry
     if saved is not None and saved.graph_recipe == how.digest:
@@ -149,11 +151,10 @@ def _plan(store: Store, recipe: Recipe, saved: SavedEngine | None = None) -> lis
     elif graph is not None:
         digest = graph.manifest.files[GRAPH_FILE].sha256
     else:
-        near = store.nearest(
-            "plan", plan_key(recipe.spec, recipe.config, "not exported yet", package.name, package.version)
-        )
+        unknown = plan_key(recipe.spec, recipe.config, "not exported yet", package.name, package.version, parts)
+        near = store.nearest("plan", unknown)
         return [Finding("plan", None, nearest=near, note="a start has to export the graph first")]
-    return [_look(store, "plan", plan_key(recipe.spec, recipe.config, digest, package.name, package.version))]
+    return [_look(store, "plan", plan_key(recipe.spec, recipe.config, digest, package.name, package.version, parts))]
 
 
 def _look(store: Store, kind: str, key: Key) -> Finding:

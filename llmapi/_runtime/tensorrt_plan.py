@@ -15,6 +15,12 @@ from llmapi._build.tensorrt.plan import PlanInfo
 from llmapi._targets import RTX_TARGETS
 from llmapi.errors import BuildError, CacheError, ConfigError
 
+NO_PLUGIN_RUNS = (
+    "{package} does attention by plugins over the paged cache, which this release builds plans for and does not run: "
+    "use backend='cuda', or install tensorrt-rtx-cu13"
+)
+"""Why no plan of the plugin path is loaded."""
+
 
 class LoadedPlan:
     """An engine of TensorRT with one execution context for each profile.
@@ -106,6 +112,8 @@ def read_plan(folder: Path) -> tuple[bytes, PlanInfo]:
 
 def gpu_problem(package: Package) -> str | None:
     """Why TensorRT cannot run on the GPU that torch sees; None where it can."""
+    if package.attention == "plugin":
+        return NO_PLUGIN_RUNS.format(package=package.name)
     import torch
 
     return capability_problem(package, _device.cuda_capability(), torch.cuda.get_device_name())
@@ -135,13 +143,15 @@ def refuse_misfits(info: PlanInfo, package: Package, capability: tuple[int, int]
         gpu: its name, for the message.
 
     Raises:
-        ConfigError: it was built by another TensorRT, or for other GPUs; with what to do.
+        ConfigError: it was built by another TensorRT, for other GPUs, or with plugins; with what to do.
     """
     if (info.package, info.version) != (package.name, package.version):
         raise ConfigError(
             f"the plan was built by {info.package} {info.version}, and {package.name} {package.version} is installed, "
             f"which cannot read it: build it again, or pip install {_distribution(info.package)}=={info.version}"
         )
+    if info.attention == "plugin":
+        raise ConfigError(f"the plan cannot run: {NO_PLUGIN_RUNS.format(package=package.name)}")
     built = f"the plan is for {', '.join(info.targets) or 'any GPU of TensorRT-RTX'}"
     if capability is None:
         raise ConfigError(
@@ -183,7 +193,7 @@ def refuse_ahead(targets: Sequence[str]) -> None:
         ConfigError: no TensorRT is installed, or its plan could not run on this machine.
     """
     package = load_package()
-    refuse_here(PlanInfo(package.name, package.version, list(targets), "", {}, {}, [], ""), package)
+    refuse_here(PlanInfo(package.name, package.version, list(targets), "", {}, {}, [], "", package.attention), package)
 
 
 def open_plan(plan: bytes, info: PlanInfo, package: Package, cache: Callable[[], bytes | None]) -> LoadedPlan:

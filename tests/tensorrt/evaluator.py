@@ -20,9 +20,12 @@ class Evaluator:
     Args:
         trt: the module.
         definition: the network.
+        rules: of kinds of layers that are not among those here; for layers of several outputs they give a tuple.
     """
 
-    def __init__(self, trt: Any, definition: Any) -> None:
+    def __init__(
+        self, trt: Any, definition: Any, rules: Mapping[str, Callable[[Any, list[Any]], Any]] | None = None
+    ) -> None:
         self._trt, self._net = trt, definition
         data = trt.DataType
         self._types = {
@@ -53,6 +56,7 @@ class Evaluator:
             "SLICE": self._slice,
             "SOFTMAX": lambda layer, x: wide(lambda v: v.softmax(_axes(layer.axes, v)[0]), x[0]),
             "UNARY": self._unary,
+            **(rules or {}),
         }
 
     @torch.inference_mode()
@@ -75,9 +79,10 @@ class Evaluator:
             else:
                 given = [layer.get_input(i) for i in range(layer.num_inputs)]
                 result = self._rules[kind](layer, [None if t is None else values[t.name] for t in given])
-            output = layer.get_output(0)
-            self._check(output, result, layer.name)
-            values[output.name] = result
+            for i, value in enumerate(result if isinstance(result, tuple) else (result,)):
+                output = layer.get_output(i)
+                self._check(output, value, layer.name)
+                values[output.name] = value
         return {o.name: values[o.name] for o in map(self._net.get_output, range(self._net.num_outputs))}
 
     def constant_values(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llmapi.errors import ConfigError
 
@@ -39,6 +39,11 @@ class Package:
     def is_rtx(self) -> bool:
         """Whether it is TensorRT-RTX, which builds for GPUs that are not there."""
         return self.name == "tensorrt_rtx"
+
+    @property
+    def attention(self) -> Literal["native", "plugin"]:
+        """How its networks do attention: RTX takes no plugins, and full TensorRT gets the paged cache through them."""
+        return "native" if self.is_rtx else "plugin"
 
 
 def installed() -> list[str]:

@@ -1,14 +1,12 @@
 """AttentionPath: one way to do attention in a network, with everything about the network that follows from it.
 
-There is ``native``, TensorRT's own layers over a linear cache. ``plugin``, the project's own kernels over the paged cache
-for the full TensorRT, has its plugins in ``llmapi._kernels.plugins``; the path that puts them into a network is to be
-``llmapi._build.tensorrt.plugin_path.PATH``.
+There is ``native``, TensorRT's own layers over a linear cache, and ``plugin``, the project's own kernels over the paged
+cache: :mod:`llmapi._build.tensorrt.plugin_path`. Which one is taken follows from the package, see
+:attr:`llmapi._build.tensorrt.package.Package.attention`.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -31,19 +29,23 @@ class AttentionPath:
     Attributes:
         name: what it is asked for by.
         layers: methods of ``INetworkDefinition`` that it needs.
+        remedy: what to do where they are missing.
         inputs: makes the network's inputs for a step and for the caches, and gives what stands for each of the graph's
             step inputs, ``k_cache`` s and ``v_cache`` s; called with the network, the graph and ``max_seq_len``.
         table: operators that it lowers itself, in place of their records' own lowering.
         outputs: what the network gives beside the logits, by name, once all nodes are lowered.
         profiles: the sizes that each optimization profile takes.
+        key_parts: what a plan's key needs beside the graph, the limits and the lowering's sources.
     """
 
     name: str
     layers: tuple[str, ...]
+    remedy: str
     inputs: Callable[[Network, Graph, int], Mapping[str, Any]]
     table: Mapping[str, Lower]
     outputs: Callable[[Network], Mapping[str, Tensor]]
     profiles: Callable[[Graph, TransformerSpec, EngineConfig], list[ProfileShapes]]
+    key_parts: Callable[[], Mapping[str, str]]
 
 
 def cache_output(name: str) -> str:
@@ -74,10 +76,12 @@ def _native_inputs(net: Network, graph: Graph, max_seq_len: int) -> Mapping[str,
 NATIVE = AttentionPath(
     name="native",
     layers=("add_kv_cache_update", "add_attention_v2", "add_rotary_embedding"),
+    remedy="install tensorrt 10.15 or newer, or tensorrt-rtx-cu13",
     inputs=_native_inputs,
     table={},
     outputs=lambda net: {cache_output(name): tensor for name, tensor in net.updated.items()},
     profiles=native_profiles,
+    key_parts=dict,
 )
 """Padded attention over a linear cache, in the package's own layers."""
 
@@ -95,8 +99,6 @@ def attention_path(name: str) -> AttentionPath:
         return NATIVE
     if name != "plugin":
         raise BuildError(unknown_name("attention lowering", name, ("native", "plugin")))
-    module = "llmapi._build.tensorrt.plugin_path"
-    if importlib.util.find_spec(module) is None:
-        raise BuildError("attention by plugins is not part of this release: use the native layers")
-    found: AttentionPath = importlib.import_module(module).PATH
-    return found
+    from llmapi._build.tensorrt.plugin_path import PATH
+
+    return PATH

@@ -37,6 +37,7 @@ class PlanInfo:
         inputs, outputs: name to type and sizes, -1 where they vary.
         profiles: for each, name to smallest, most common and largest shape.
         sha256: of the plan's bytes.
+        attention: how it is done, ``native`` or ``plugin``.
     """
 
     package: str
@@ -47,6 +48,7 @@ class PlanInfo:
     outputs: dict[str, list[Any]]
     profiles: list[dict[str, list[list[int]]]]
     sha256: str
+    attention: str = "native"
 
     @property
     def text(self) -> str:
@@ -90,8 +92,8 @@ def make_network(
     trt = package.trt
     if missing := [name for name in path.layers if not hasattr(trt.INetworkDefinition, name)]:
         raise BuildError(
-            f"{package.name} {package.version} has no {', '.join(missing)}, which attention over a cache needs: install "
-            "tensorrt 10.15 or newer, or tensorrt-rtx-cu13"
+            f"{package.name} {package.version} has no {', '.join(missing)}, which attention over a cache needs: "
+            f"{path.remedy}"
         )
     logger = make_logger(trt)
     builder = trt.Builder(logger)
@@ -174,6 +176,7 @@ def build_plan(
         dict(_described(definition.get_output(i)) for i in range(definition.num_outputs)),
         found,
         hashlib.sha256(plan).hexdigest(),
+        path.name,
     )
     return memoryview(plan), info
 
