@@ -160,8 +160,8 @@ def test_launches_that_cuda_refuses(kernel_folder: Path) -> None:
     with pytest.raises(EmulationError, match="no kernel resolve"):
         kernels.kernel(Unit.of("step.cu"), "resolve", "ppp")
     with pytest.raises(EmulationError, match="clusters, which sm_80 has not"):
-        text = build.sources()["sample.cu"].replace("&& __CUDA_ARCH__ < 900", "&& 0")
-        EmulatedGpu(kernel_folder, sources={**build.sources(), "sample.cu": text}).kernel(
+        text = build.sources()["rows.cuh"].replace("&& __CUDA_ARCH__ < 900", "&& 0")
+        EmulatedGpu(kernel_folder, sources={**build.sources(), "rows.cuh": text}).kernel(
             Unit.of("sample.cu", SPLIT=2), "sample_rows", "plipppp"
         )
     step = kernels.kernel(Unit.of("step.cu"), "resolve_ids", "pppi")
