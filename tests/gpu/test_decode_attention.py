@@ -70,7 +70,10 @@ def gpu() -> Gpu:
     units = []
     for dtype, heads, kv_heads, head_dim, block_size in SHAPES:
         for form in _forms(DTYPES[dtype], heads, kv_heads, head_dim, properties.shared_memory_per_block_optin):
-            units.append(unit(DTYPES[dtype], heads, kv_heads, head_dim, block_size, form))
+            sizes = (DTYPES[dtype], heads, kv_heads, head_dim, block_size, form)
+            units.append(unit(*sizes))
+            if dtype != "float32":
+                units += [unit(*sizes, fusion) for fusion in fusions_of(head_dim)]
     # A compilation holds one core for about a second; the processes need no GPU.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         built = dict(zip(units, pool.map(compile_unit, units, [arch] * len(units)), strict=True))
