@@ -17,12 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHAPE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16",
-    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 4096, "intermediate_size": 11008,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+import gpu as shapes
+
+SHAPE: dict[str, Any] = {**shapes.COMMON, **shapes.LLAMA2_7B}
 
 
 def prompts_of(count: int, length: int, seed: int) -> list[list[int]]:

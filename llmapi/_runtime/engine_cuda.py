@@ -96,58 +96,52 @@ class CudaEngine(Engine):
     @torch.inference_mode()
     def step(self, batch: StepBatch, sampled: torch.Tensor | None = None) -> torch.Tensor:
         """Queue a step; see :class:`Engine`. The logits are valid until the next step."""
-        if self._closed:
-            raise EngineClosedError("this engine was closed: make a new LLM")
         with self._gpu.current():
-            if batch.copies:
-                self._copy_blocks(batch.copies)
-            rows = len(batch.logits_indices)
-            decodes = num_decodes(batch)
-            wanted = StepShape(len(batch.input_ids), len(batch.seq_lens), rows, decodes == len(batch.input_ids))
-            shape = self._graphs.shape(wanted)
-            layout = self._buffers.upload(batch, shape or wanted, decodes)
-            self._resolve_ids(layout.device, sampled)
+            shape, plan, arrays = self._bring(batch, sampled, graphs=True)
             if shape is None:
-                plan = CudaPlan.of(layout.device, wanted, decodes)
-                logits = self._run(plan, layout.device)
+                logits = self._run(plan, arrays)
             else:
-                logits = self._graphs.replay(
-                    shape, lambda: self._run(CudaPlan.any(layout.device, shape), layout.device)
-                )
-            return logits[:rows]
+                logits = self._graphs.replay(shape, lambda: self._run(plan, arrays))
+            return logits[: len(batch.logits_indices)]
 
     @torch.inference_mode()
     def step_hidden(
         self, batch: StepBatch, sampled: torch.Tensor | None, projected: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queue a step without a CUDA graph; see :class:`Engine`."""
-        if self._closed:
-            raise EngineClosedError("this engine was closed: make a new LLM")
         with self._gpu.current():
-            if batch.copies:
-                self._copy_blocks(batch.copies)
-            decodes, rows = num_decodes(batch), len(batch.logits_indices)
-            shape = StepShape(len(batch.input_ids), len(batch.seq_lens), rows, decodes == len(batch.input_ids))
-            layout = self._buffers.upload(batch, shape, decodes)
-            self._resolve_ids(layout.device, sampled)
-            plan, device = CudaPlan.of(layout.device, shape, decodes), self._gpu.device
+            _, plan, arrays = self._bring(batch, sampled, graphs=False)
+            device = self._gpu.device
 
             def select(states: torch.Tensor) -> torch.Tensor | None:
                 return states[torch.tensor(projected, device=device)] if projected else None
 
             self._binder.begin(plan)
-            hidden, logits = self._program.run_hidden(plan, layout.device, select)
+            hidden, logits = self._program.run_hidden(plan, arrays, select)
             if logits is None:
                 logits = torch.empty(0, self.spec.vocab_size, dtype=getattr(torch, self.config.dtype), device=device)
             return hidden, logits
+
+    def _bring(
+        self, batch: StepBatch, sampled: torch.Tensor | None, *, graphs: bool
+    ) -> tuple[StepShape | None, CudaPlan, Mapping[str, torch.Tensor]]:
+        """Copy blocks and bring a step's integers over: the shape of its graph, if it has one, its plan, its arrays."""
+        if self._closed:
+            raise EngineClosedError("this engine was closed: make a new LLM")
+        if batch.copies:
+            self._copy_blocks(batch.copies)
+        decodes, tokens = num_decodes(batch), len(batch.input_ids)
+        wanted = StepShape(tokens, len(batch.seq_lens), len(batch.logits_indices), decodes == tokens)
+        shape = self._graphs.shape(wanted) if graphs else None
+        arrays = self._buffers.upload(batch, shape or wanted, decodes).device
+        resolve_ids(self._gpu, arrays["source_ids"], sampled, arrays["input_ids"])
+        plan = CudaPlan.of(arrays, wanted, decodes) if shape is None else CudaPlan.any(arrays, shape)
+        return shape, plan, arrays
 
     def _run(self, plan: CudaPlan, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self._binder.begin(plan)
         logits: torch.Tensor = self._program.run(plan, inputs)
         return logits
-
-    def _resolve_ids(self, arrays: Mapping[str, torch.Tensor], sampled: torch.Tensor | None) -> None:
-        resolve_ids(self._gpu, arrays["source_ids"], sampled, arrays["input_ids"])
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         device = self._gpu.device
@@ -170,11 +164,8 @@ class CudaEngine(Engine):
         batch = StepBatch(zeros, zeros, [-1] * total, blocks, each, starts, last, [1] * seqs, [])
 
         def run() -> None:
-            shape = StepShape(total, seqs, seqs, total == seqs)
-            decodes = num_decodes(batch)
-            layout = self._buffers.upload(batch, shape, decodes)
-            self._resolve_ids(layout.device, None)
-            self._run(CudaPlan.of(layout.device, shape, decodes), layout.device)
+            _, plan, arrays = self._bring(batch, None, graphs=False)
+            self._run(plan, arrays)
 
         with torch.inference_mode(), self._gpu.current():
             return self._gpu.peak_of(run)

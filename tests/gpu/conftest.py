@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 
 from llmapi._kernels.gpu import Gpu
 
+MISSING = "this machine has no NVIDIA GPU that torch can use"
+
 
 @pytest.fixture(autouse=True)
 def needs_gpu() -> None:
     if not torch.cuda.is_available():
-        pytest.skip("this machine has no NVIDIA GPU that torch can use")
+        pytest.skip(MISSING)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +34,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def gpu() -> Iterator[Gpu]:
     """The GPU, with kernels compiled as they are asked for."""
+    if not torch.cuda.is_available():
+        pytest.skip(MISSING)
     found = Gpu(torch.device("cuda", 0))
     yield found
     found.close()
+
+
+@pytest.fixture
+def seed() -> int:
+    """Of random inputs; another one in each run."""
+    return random.randrange(1 << 30)

@@ -31,18 +31,6 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LOG_SUM = 1.5e-6  # error of a row's log-sum, absolute: ex2.approx, its argument, and float32's own rounding up to 12
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    if not torch.cuda.is_available():
-        pytest.skip("this machine has no NVIDIA GPU that torch can use")
-    return Gpu(torch.device("cuda"))
-
-
-@pytest.fixture
-def seed() -> int:
-    return random.randrange(1 << 30)
-
-
 def noise(n: int, vocab: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows from nearly flat to steep, on the CPU."""
     g = torch.Generator().manual_seed(seed)

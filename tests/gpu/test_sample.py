@@ -27,18 +27,6 @@ pytestmark = pytest.mark.gpu
 ROUNDING = 2e-6  # of a row's whole probability: float32 exponentials and sums of 256 on the CPU
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    if not torch.cuda.is_available():
-        pytest.skip("this machine has no NVIDIA GPU that torch can use")
-    return Gpu(torch.device("cuda"))
-
-
-@pytest.fixture
-def seed() -> int:
-    return random.randrange(1 << 30)
-
-
 class Words:
     """A tokenizer whose texts are numbers: ``"5 7"`` is the tokens 5 and 7."""
 
