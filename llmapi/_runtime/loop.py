@@ -117,8 +117,9 @@ class EngineLoop:
         self._engine.close()
 
     def _step(self) -> None:
-        """Admit, schedule, run, sample, commit. Where a step's tokens need no host work to be chosen, the next step is
-        planned and launched before they are known here: their places hold references that the engine fills in.
+        """Admit, schedule, run, sample, commit. Where a step's tokens stay on the engine's device, the next step is
+        planned and launched before they are known here: their places hold references that the engine fills in. What a
+        choice depends on that the host works out from the tokens before is worked out while that step runs.
         """
         self._admit()
         plan = self._scheduler.schedule()
@@ -146,7 +147,7 @@ class EngineLoop:
         probed: list[Job] = []
         turns: list[BeamTurn] = []
         asks: list[BeamAsk] = []
-        overlaps, first = True, 0
+        overlaps, waits, first = True, False, 0
         for entry, count in zip(plan.entries, batch.logits_rows, strict=True):
             job = self._jobs[entry.seq.request]
             if (probe := job.request.probe) is not None:
@@ -166,12 +167,15 @@ class EngineLoop:
                 rows.append(SampleRow(entry.seq, _draws(entry.seq)))
                 picked.append(first + count - 1)
                 overlaps = overlaps and self._sampler.overlaps(rows[-1])
+                waits = waits or self._sampler.waits(rows[-1])
             first += count
         self.steps += 1
         if not rows and not turns:
             return Flight(rows, None, overlaps=True, probed=probed)
-        if turns or not overlaps:
+        if (turns or waits) and self._flight is not None:
             self._land()  # what these rows are sampled by may depend on the tokens before
+            going = [i for i, row in enumerate(rows) if not row.sequence.finished]  # not ended by those
+            rows, picked = [rows[i] for i in going], [picked[i] for i in going]
         flight = Flight(rows, None, overlaps and not turns, probed, turns)
         if turns:
             flight.candidates = self._sampler.candidates.start(logits, asks)
