@@ -21,7 +21,7 @@ from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.nvrtc import Unit, compile_unit
 from llmapi._kernels.op import relative_error
 from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
-from llmapi._kernels.skinny_linear_layout import GATES, Variant
+from llmapi._kernels.skinny_linear_layout import BUCKETS, GATES, Variant
 
 READ_RATE = 4.5e12
 LAYERS = 16
@@ -114,7 +114,7 @@ def main() -> None:
     device = torch.device("cuda")
     cubins: dict[Unit, bytes] = {}
     gpu = Gpu(device, lambda unit, arch: cubins[unit] if unit in cubins else compile_unit(unit, arch))
-    product = SkinnyLinear(gpu, dtype=torch.bfloat16)
+    product = SkinnyLinear(gpu, dtype=torch.bfloat16, max_rows=BUCKETS[-1])
     wanted = {
         layout.unit("bfloat16", gate)
         for rows in args.rows

@@ -34,13 +34,16 @@ def units(dtype: str) -> list[Unit]:
         (Variant(2, 1), 32, 12288, 4),
         (Variant(2, 4), 48, 4096, 0),
         (Variant(1, 1), 64, 28672, 1),
+        (Variant(2, 1), 96, 12288, 0),
+        (Variant(1, 1), 128, 12288, 2),
+        (Variant(0, 1), 128, 4096, 1),
     ]
     layouts = [(Layout.of(v, rows, n, 4096, sms=132, shared_memory=227 << 10), gate) for v, rows, n, gate in some]
     return [layout.unit(dtype, gate) for layout, gate in layouts if layout is not None]
 
 
 class SkinnyLinear:
-    """``x @ weight^T`` for at most 64 rows, with bias, residual or gated activation in the same launch.
+    """``x @ weight^T`` for at most 128 rows, with bias, residual or gated activation in the same launch.
 
     Sums are taken in float32 in an order that depends on the weight's shape and the variant alone: a row comes out the
     same, bit for bit, whatever rows are beside it, as long as the variant is the same.
@@ -50,7 +53,7 @@ class SkinnyLinear:
     Args:
         gpu: where to run.
         dtype: ``torch.float16`` or ``torch.bfloat16``, of weights and activations.
-        max_rows: largest number of rows of a call, at most 64.
+        max_rows: largest number of rows of a call, at most 128.
 
     Raises:
         ValueError: an argument outside these limits.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit
 
-BUCKETS = (8, 16, 24, 32, 48, 64)
+BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of rows that there is code for; fewer rows take the next."""
 
 GATES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}

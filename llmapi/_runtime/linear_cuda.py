@@ -12,7 +12,7 @@ from llmapi._kernels.gated_activation_cuda import gated_activation
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
 
-ROWS = (1, 8, 16, 24, 32, 48, 64)
+ROWS = (1, 8, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of rows for which linear layers are tuned; others take the choice of the next larger one."""
 
 _MOST_VARIANTS = 6  # of the kernel's own ranking that are measured

@@ -1,4 +1,4 @@
-// y[M, N] = x[M, K] w[N, K]^T for at most 64 rows: a stream of weights past a few rows of activations.
+// y[M, N] = x[M, K] w[N, K]^T for at most 128 rows: a stream of weights past a few rows of activations.
 //
 // In the matrix instructions the weight is the operand with 16 (64) rows and x^T the one with 8 (ROWS) columns, so that
 // 8 rows of activations fill them. Both come through a ring of stages in shared memory, 128-byte rows in the 128-byte
@@ -16,7 +16,7 @@
 //
 // With LLM_GATE a tile interleaves 4 gate rows with the 4 up rows that belong to them.
 //
-// LLM_ROWS: M rounded up: 8, 16, 24, 32, 48, 64. LLM_BOXES: depth of a stage in 64 columns. LLM_GATE: 0 none, 1 silu,
+// LLM_ROWS: M rounded up: 8, 16, 24, 32, 48, 64, 96, 128. LLM_BOXES: depth of a stage in 64 columns. LLM_GATE: 0 none, 1 silu,
 // 2 gelu, 3 gelu_tanh, 4 relu. LLM_BULK: which kernel. LLM_SUBTILES: a bulk tile's rows over 64, rounded up.
 // LLM_STAGES: of the ring of the other.
 #include "skinny_linear.cuh"
@@ -278,11 +278,14 @@ extern "C" __global__ void __launch_bounds__(SUBTILES * THREADS + 32, 1)
     Bias bias_of;
     bias_of.load(args, tile, subtile, thread);
     uint32_t residual_of[TOKENS][HALVES];
+    auto load_residuals = [&]() {
 #pragma unroll
-    for (int n = 0; n < TOKENS; n++)
+      for (int n = 0; n < TOKENS; n++)
 #pragma unroll
-      for (int h = 0; h < HALVES; h++)
-        residual_of[n][h] = owner(n) == rank ? load_residual(args, tile, subtile, n, h, thread) : 0;
+        for (int h = 0; h < HALVES; h++)
+          residual_of[n][h] = owner(n) == rank ? load_residual(args, tile, subtile, n, h, thread) : 0;
+    };
+    if (ROWS <= 64) load_residuals();  // more would not stay in registers
     float acc[ACC];
     for (int unit = begin; unit < end; unit++) {
       barrier_wait(full + slot, parity);
@@ -301,8 +304,9 @@ extern "C" __global__ void __launch_bounds__(SUBTILES * THREADS + 32, 1)
           cluster_store(cluster_address(to, owner(n)), acc[n * 4], acc[n * 4 + 1], acc[n * 4 + 2], acc[n * 4 + 3],
                         cluster_address(&received, owner(n)));
       }
-      if (rank < BLOCKS) barrier_wait_cluster(&received, 0);
     }
+    if (ROWS > 64) load_residuals();
+    if (CLUSTER > 1 && rank < BLOCKS) barrier_wait_cluster(&received, 0);
 #pragma unroll
     for (int n = 0; n < TOKENS; n++) {
       if (owner(n) != rank) continue;
