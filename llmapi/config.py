@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmapi import _device
+from llmapi import _device, _tensorrt
 from llmapi._targets import lacking, parse_targets
 from llmapi.errors import ConfigError, unknown_name
 
@@ -33,7 +33,8 @@ class KvCacheConfig:
 
     Args:
         block_size: tokens a block: 8, 16, 32, 64 or 128; ``"auto"`` is 16 on the CPU and 64 on a GPU. On
-            the tensorrt backend a block is a whole sequence, and none can be given.
+            the tensorrt backend it cannot be chosen: a block is a whole sequence with TensorRT-RTX, and 64 tokens with
+            the full TensorRT.
         max_tokens: size of the cache in tokens over all sequences; None sizes it by memory.
         memory_bytes: size of the cache in bytes; None sizes it from what is free.
         memory_fraction: share of the free memory to take where neither of the above is given, in (0, 1]. None is a
@@ -205,12 +206,8 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
             "model's type; leave it at 'auto'"
         )
     block_size = options.kv_cache.block_size
-    if backend == "tensorrt":  # the linear cache: a block is a whole sequence
-        if block_size != "auto":
-            raise ConfigError(
-                f"block_size={block_size}: the tensorrt backend keeps a sequence in one block; leave it out"
-            )
-        block_size = max_seq_len
+    if backend == "tensorrt":
+        block_size = _tensorrt_block_size(block_size, max_seq_len, spec)
     elif block_size == "auto":
         block_size = 64 if backend == "cuda" else 16
     return EngineConfig(
@@ -244,6 +241,25 @@ def _backend(asked: str) -> Backend:
     if asked == "auto":
         return "cpu"
     raise ConfigError(f"backend='cuda' cannot run here: {problem}; or use backend='cpu'")
+
+
+def _tensorrt_block_size(asked: int | Literal["auto"], max_seq_len: int, spec: TransformerSpec) -> int:
+    """Tokens a block of the plans that are built here: a whole sequence in the linear cache, else what plugins take."""
+    if not _tensorrt.builds_paged():
+        if asked != "auto":
+            raise ConfigError(f"block_size={asked}: the tensorrt backend keeps a sequence in one block; leave it out")
+        return max_seq_len
+    if asked not in ("auto", _tensorrt.BLOCK_SIZE):
+        raise ConfigError(
+            f"block_size={asked}: plans of the full TensorRT have blocks of {_tensorrt.BLOCK_SIZE} tokens; leave it out"
+        )
+    if spec.head_dim not in _device.HEAD_SIZES:
+        raise ConfigError(
+            f"backend='tensorrt' cannot run this model: its heads have {spec.head_dim} channels, and llmapi's plugins "
+            f"for the full TensorRT take {', '.join(map(str, _device.HEAD_SIZES))}; use backend='cpu', or install "
+            "tensorrt-rtx-cu13"
+        )
+    return _tensorrt.BLOCK_SIZE
 
 
 def _targets(asked: str | Sequence[str] | None) -> tuple[str, ...]:
