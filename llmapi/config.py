@@ -276,7 +276,10 @@ def _dtype(asked: str, backend: Backend, spec: TransformerSpec, targets: Sequenc
         if asked not in ("auto", *_CPU_DTYPES):
             raise ConfigError(f"dtype={asked!r} does not run on the cpu backend: use {' or '.join(_CPU_DTYPES)}")
         return "float32" if asked == "auto" else asked
-    has_bfloat16 = _device.cuda_capability() >= (8, 0)
+    return _gpu_dtype(asked, spec, has_bfloat16=_device.cuda_capability() >= (8, 0))
+
+
+def _gpu_dtype(asked: str, spec: TransformerSpec, *, has_bfloat16: bool) -> str:
     if asked == "auto":
         asked = "float16" if spec.dtype == "float16" else "bfloat16"
         return asked if has_bfloat16 else "float16"
@@ -287,6 +290,8 @@ def _dtype(asked: str, backend: Backend, spec: TransformerSpec, targets: Sequenc
 
 def _tensorrt_dtype(asked: str, spec: TransformerSpec, targets: Sequence[str]) -> str:
     """A type that every target computes in; without targets, that the GPU at hand does, where there is one."""
+    if _tensorrt.builds_paged():  # for the GPU at hand alone, with kernels of our own
+        return _gpu_dtype(asked, spec, has_bfloat16=not _device.cuda_visible() or _device.cuda_capability() >= (8, 0))
     if not targets and _device.cuda_visible():
         major, minor = _device.cuda_capability()
         targets = (f"sm{major}{minor}",)
