@@ -217,6 +217,17 @@ def test_a_second_start_finds_everything(checkpoints: dict[str, Path], tmp_path:
     assert not list(tmp_path.rglob("*runtime*")), "full TensorRT makes nothing at run time that could be kept"
 
 
+def test_a_saved_engine_runs(checkpoints: dict[str, Path], cache: Path, tmp_path: Path, world: World) -> None:
+    """Its plan is not saved: it is built, or found, where it is loaded."""
+    with make(checkpoints["qwen2"], cache) as llm:
+        text = llm.generate("hello world", greedy(5)).text
+        llm.save(tmp_path / "saved")
+    for _ in range(2):
+        with make(tmp_path / "saved", tmp_path / "cache") as llm:
+            assert llm.generate("hello world", greedy(5)).text == text
+    assert llm.build_report.cached
+
+
 def test_auto_never_takes_it(checkpoints: dict[str, Path], cache: Path, world: World) -> None:
     from llmapi._device import cuda_problem
 

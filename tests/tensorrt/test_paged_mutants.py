@@ -136,7 +136,7 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
     "the graph of another bucket": (
         engine_tensorrt_paged, "self._graphs.get(index)", "self._graphs.get(max(self._graphs, default=index))",
     ),
-    "captured before it ran": (
+    "a graph of nothing": (
         engine_tensorrt_paged, "                self._graphs[index] = self._gpu.capture(lambda handle: "
         "self._enqueue(index, handle))", "                self._graphs[index] = lambda: None",
     ),
