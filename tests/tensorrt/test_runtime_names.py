@@ -59,8 +59,9 @@ def test_an_engine_makes_contexts_without_memory(told: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stand_in", "kind"), [(fake_paged_runtime.Engine, "ICudaEngine"), (fake_paged_runtime.Context, "IExecutionContext")]
-)  # fmt: skip
+    ("stand_in", "kind"),
+    [(fake_paged_runtime.Engine, "ICudaEngine"), (fake_paged_runtime.Context, "IExecutionContext")],
+)
 def test_the_stand_in_has_no_call_of_its_own(stand_in: type, kind: str, told: Any) -> None:
     own = {name for name in vars(stand_in) if not name.startswith("_")}
     assert own and own <= set(told["members"][kind])
