@@ -76,5 +76,8 @@ def load_tensorrt(prepared: Prepared, graph: Graph, weights: TensorFile, *, prog
             on_close=leave,
         )  # fmt: skip
     except BaseException:
-        plan.close()
+        try:
+            gpu.synchronize()  # a first run may be under way
+        finally:
+            plan.close()
         raise

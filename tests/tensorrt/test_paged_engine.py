@@ -23,12 +23,14 @@ from llmapi._build.tensorrt.buckets import Bucket, buckets_in
 from llmapi._build.tensorrt.plan import PlanInfo
 from llmapi._kernels.plugins.pools import POOL_GUARD
 from llmapi._runtime.batch import StepBatch
+from llmapi._runtime.device_tensorrt import TensorRTDevice
 from llmapi._runtime.padded_step import ALIGNMENT, PaddedStep, empty_step
 from llmapi._runtime.tensorrt_plan import gpu_problem, read_plan, refuse_ahead
 from llmapi.config import EngineOptions, KvCacheConfig, resolve
 from tests._runtime.test_engine_cpu import SPEC
 from tests.api.truth import Truth, prompts_of, until
-from tests.tensorrt.fake_paged_runtime import SCRATCH, World
+from tests.tensorrt.echo import EchoContext, drive, echo_engine, on_cpu
+from tests.tensorrt.fake_paged_runtime import SCRATCH, Event, World
 from tests.tensorrt.paged_llm import full_tensorrt, make
 from tests.tensorrt.paged_models import SIZES
 from tests.tiny import tiny_checkpoint
@@ -405,3 +407,33 @@ def test_weights_come_to_addresses_that_tensorrt_takes(tmp_path: Path) -> None:
     moved = _aligned(whole[3:40], 64)
     assert moved.data_ptr() % 64 == 0 and moved.tolist() == whole[3:40].tolist()
     assert _aligned(whole, 64).data_ptr() == whole.data_ptr() or whole.data_ptr() % 64
+
+
+def test_steps_on_contexts_that_echo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests/gpu/test_engine_tensorrt_paged.py asks of a GPU, asked of the CPU: the test's own sums are right."""
+    pinned = torch.zeros(1 << 12, dtype=torch.int32)
+    world = World()
+
+    class Device(TensorRTDevice):
+        def __init__(self) -> None:
+            self.device, self.name, self.driver = torch.device("cpu"), "none", 0
+
+        def stream(self) -> Any:
+            return world.stream()
+
+        def pinned(self, count: int) -> torch.Tensor:
+            return pinned[:count]
+
+        def event(self) -> Any:
+            return Event()
+
+        def capture(self, run: Any) -> Any:
+            return lambda: run(0)
+
+        def synchronize(self) -> None:
+            pass
+
+    engine = echo_engine(Device(), lambda: EchoContext(on_cpu, lambda: None), monkeypatch)
+    drive(engine, 12)
+    assert sorted(engine._graphs) == [0, 1, 2]
+    engine.close()
