@@ -6,6 +6,7 @@
 | ``LLMAPI_CACHE_BYTES`` | size budget of the build cache, in bytes | a fifth of the disk, 50 GB at least |
 | ``LLMAPI_CPU_KERNELS`` | ``0`` keeps to torch's operators on the CPU, compiling nothing | ``1`` |
 | ``LLMAPI_PROGRESS`` | ``0`` hides every progress bar | ``1`` |
+| ``LLMAPI_TENSORRT_GRAPHS`` | ``0`` runs plans of the full TensorRT without CUDA graphs | ``1`` |
 
 ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and ``HF_ENDPOINT`` are read by ``huggingface_hub``.
 
@@ -48,3 +49,8 @@ def cpu_kernels() -> bool:
 def progress() -> bool:
     """Whether progress bars may be drawn (``LLMAPI_PROGRESS``, on unless it is ``0``)."""
     return os.environ.get("LLMAPI_PROGRESS", "1") != "0"
+
+
+def tensorrt_graphs() -> bool:
+    """Whether full TensorRT's steps may become CUDA graphs (``LLMAPI_TENSORRT_GRAPHS``, on unless it is ``0``)."""
+    return os.environ.get("LLMAPI_TENSORRT_GRAPHS", "1") != "0"

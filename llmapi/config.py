@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmapi import _device
+from llmapi import _device, _tensorrt
 from llmapi._targets import lacking, parse_targets
 from llmapi.errors import ConfigError, unknown_name
 
@@ -33,7 +33,8 @@ class KvCacheConfig:
 
     Args:
         block_size: tokens a block: 8, 16, 32, 64 or 128; ``"auto"`` is 16 on the CPU and 64 on a GPU. On
-            the tensorrt backend a block is a whole sequence, and none can be given.
+            the tensorrt backend it cannot be chosen: a block is a whole sequence with TensorRT-RTX, and 64 tokens with
+            the full TensorRT.
         max_tokens: size of the cache in tokens over all sequences; None sizes it by memory.
         memory_bytes: size of the cache in bytes; None sizes it from what is free.
         memory_fraction: share of the free memory to take where neither of the above is given, in (0, 1]. None is a
@@ -205,12 +206,8 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
             "model's type; leave it at 'auto'"
         )
     block_size = options.kv_cache.block_size
-    if backend == "tensorrt":  # the linear cache: a block is a whole sequence
-        if block_size != "auto":
-            raise ConfigError(
-                f"block_size={block_size}: the tensorrt backend keeps a sequence in one block; leave it out"
-            )
-        block_size = max_seq_len
+    if backend == "tensorrt":
+        block_size = _tensorrt_block_size(block_size, max_seq_len, spec)
     elif block_size == "auto":
         block_size = 64 if backend == "cuda" else 16
     return EngineConfig(
@@ -246,6 +243,25 @@ def _backend(asked: str) -> Backend:
     raise ConfigError(f"backend='cuda' cannot run here: {problem}; or use backend='cpu'")
 
 
+def _tensorrt_block_size(asked: int | Literal["auto"], max_seq_len: int, spec: TransformerSpec) -> int:
+    """Tokens a block of the plans that are built here: a whole sequence in the linear cache, else what plugins take."""
+    if not _tensorrt.builds_paged():
+        if asked != "auto":
+            raise ConfigError(f"block_size={asked}: the tensorrt backend keeps a sequence in one block; leave it out")
+        return max_seq_len
+    if asked not in ("auto", _tensorrt.BLOCK_SIZE):
+        raise ConfigError(
+            f"block_size={asked}: plans of the full TensorRT have blocks of {_tensorrt.BLOCK_SIZE} tokens; leave it out"
+        )
+    if spec.head_dim not in _device.HEAD_SIZES:
+        raise ConfigError(
+            f"backend='tensorrt' cannot run this model: its heads have {spec.head_dim} channels, and llmapi's plugins "
+            f"for the full TensorRT take {', '.join(map(str, _device.HEAD_SIZES))}; use backend='cpu', or install "
+            "tensorrt-rtx-cu13"
+        )
+    return _tensorrt.BLOCK_SIZE
+
+
 def _targets(asked: str | Sequence[str] | None) -> tuple[str, ...]:
     if asked is None:
         return ()
@@ -260,7 +276,10 @@ def _dtype(asked: str, backend: Backend, spec: TransformerSpec, targets: Sequenc
         if asked not in ("auto", *_CPU_DTYPES):
             raise ConfigError(f"dtype={asked!r} does not run on the cpu backend: use {' or '.join(_CPU_DTYPES)}")
         return "float32" if asked == "auto" else asked
-    has_bfloat16 = _device.cuda_capability() >= (8, 0)
+    return _gpu_dtype(asked, spec, has_bfloat16=_device.cuda_capability() >= (8, 0))
+
+
+def _gpu_dtype(asked: str, spec: TransformerSpec, *, has_bfloat16: bool) -> str:
     if asked == "auto":
         asked = "float16" if spec.dtype == "float16" else "bfloat16"
         return asked if has_bfloat16 else "float16"
@@ -271,6 +290,8 @@ def _dtype(asked: str, backend: Backend, spec: TransformerSpec, targets: Sequenc
 
 def _tensorrt_dtype(asked: str, spec: TransformerSpec, targets: Sequence[str]) -> str:
     """A type that every target computes in; without targets, that the GPU at hand does, where there is one."""
+    if _tensorrt.builds_paged():  # for the GPU at hand alone, with kernels of our own
+        return _gpu_dtype(asked, spec, has_bfloat16=not _device.cuda_visible() or _device.cuda_capability() >= (8, 0))
     if not targets and _device.cuda_visible():
         major, minor = _device.cuda_capability()
         targets = (f"sm{major}{minor}",)

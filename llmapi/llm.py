@@ -157,7 +157,7 @@ class LLM:
             engine.num_blocks,
             config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
-            compact=config.backend == "tensorrt",
+            compact=config.backend == "tensorrt" and config.block_size == config.max_seq_len,
         )
         scheduler = Scheduler(
             pool,

@@ -149,7 +149,7 @@ def plan_key(
             *(Part(name, canonical(value)) for name, value in config.shape_parts().items()),
             Part("targets", canonical(list(config.targets))),
             Part("tensorrt", canonical({"package": package, "version": version})),
-            Part("lowering", sources("models", *_operators(), "_build/tensorrt", "_targets.py")),
+            Part("lowering", sources("models", *_operators(), "_build/tensorrt", "_targets.py", "_tensorrt.py")),
             *(Part(name, value) for name, value in path_parts.items()),
         ]
     )

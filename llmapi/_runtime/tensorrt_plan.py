@@ -15,23 +15,19 @@ from llmapi._build.tensorrt.plan import PlanInfo
 from llmapi._targets import RTX_TARGETS
 from llmapi.errors import BuildError, CacheError, ConfigError
 
-NO_PLUGIN_RUNS = (
-    "{package} does attention by plugins over the paged cache, which this release builds plans for and does not run: "
-    "use backend='cuda', or install tensorrt-rtx-cu13"
-)
-"""Why no plan of the plugin path is loaded."""
-
 
 class LoadedPlan:
     """An engine of TensorRT with one execution context for each profile.
 
-    Contexts share nothing but the engine, so that no step has to switch a profile.
+    Contexts share nothing but the engine, so that no step has to switch a profile. Those of a plan with plugins are
+    many and run one at a time: they are made without memory for intermediate results, and are given one block of
+    ``scratch_bytes``, the same for all, before they run.
 
     Args:
         package: the TensorRT that built the plan.
         engine: an ``ICudaEngine``.
         info: what the plan says of itself.
-        owner: what must live as long as the engine: runtime, logger.
+        owner: what must live as long as the engine: runtime, logger (the last).
         cache: an earlier runtime cache of TensorRT-RTX, kernels that it made for this GPU; None for none.
 
     Raises:
@@ -46,7 +42,7 @@ class LoadedPlan:
         self._config = self._configured(cache)
         self.contexts = []
         for profile in range(len(info.profiles)):
-            context = engine.create_execution_context(*([self._config] if self._config is not None else []))
+            context = engine.create_execution_context(*self._how())
             if context is None:
                 raise BuildError(
                     f"{package.name} {package.version} makes no execution context: is the GPU's memory full?"
@@ -60,6 +56,22 @@ class LoadedPlan:
         if found != wanted or self._engine.num_optimization_profiles != len(self.info.profiles):
             odd = ", ".join(sorted(found ^ wanted)[:4]) or f"{self._engine.num_optimization_profiles} profiles"
             raise CacheError(f"the plan and its description differ ({odd}): remove the entry and build again")
+
+    def _how(self) -> list[Any]:
+        """Arguments that a context is made with."""
+        if self.info.attention == "plugin":
+            return [self._package.trt.ExecutionContextAllocationStrategy.USER_MANAGED]
+        return [] if self._config is None else [self._config]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory that contexts without any of their own need while they run; 0 where they have their own."""
+        return int(self._engine.device_memory_size_v2) if self.info.attention == "plugin" else 0
+
+    def said(self) -> str:
+        """What TensorRT said of the errors since it was last asked."""
+        *_, logger = self._owner
+        return "; ".join(logger.take()) or "it gives no reason"
 
     def _configured(self, cache: bytes | None) -> Any:
         """RTX makes kernels for the sizes that come up, under CUDA graphs of its own, and keeps them in a cache."""
@@ -112,8 +124,6 @@ def read_plan(folder: Path) -> tuple[bytes, PlanInfo]:
 
 def gpu_problem(package: Package) -> str | None:
     """Why TensorRT cannot run on the GPU that torch sees; None where it can."""
-    if package.attention == "plugin":
-        return NO_PLUGIN_RUNS.format(package=package.name)
     import torch
 
     return capability_problem(package, _device.cuda_capability(), torch.cuda.get_device_name())
@@ -128,7 +138,11 @@ def capability_problem(package: Package, capability: tuple[int, int], gpu: str) 
         gpu: its name.
     """
     here = f"sm{capability[0]}{capability[1]}"
-    if not package.is_rtx or here in RTX_TARGETS:
+    if not package.is_rtx:
+        if capability >= _device.OLDEST_CAPABILITY:
+            return None
+        return f"{gpu} has compute capability {capability[0]}.{capability[1]}, and llmapi's plugins need 7.5 or newer"
+    if here in RTX_TARGETS:
         return None
     return f"TensorRT-RTX does not run on {gpu} ({here}), only on {', '.join(RTX_TARGETS)}: use backend='cuda'"
 
@@ -143,16 +157,25 @@ def refuse_misfits(info: PlanInfo, package: Package, capability: tuple[int, int]
         gpu: its name, for the message.
 
     Raises:
-        ConfigError: it was built by another TensorRT, for other GPUs, or with plugins; with what to do.
+        ConfigError: it was built by another TensorRT, or for other GPUs; with what to do.
     """
     if (info.package, info.version) != (package.name, package.version):
         raise ConfigError(
             f"the plan was built by {info.package} {info.version}, and {package.name} {package.version} is installed, "
             f"which cannot read it: build it again, or pip install {_distribution(info.package)}=={info.version}"
         )
-    if info.attention == "plugin":
-        raise ConfigError(f"the plan cannot run: {NO_PLUGIN_RUNS.format(package=package.name)}")
-    built = f"the plan is for {', '.join(info.targets) or 'any GPU of TensorRT-RTX'}"
+    if info.attention != package.attention:
+        raise ConfigError(
+            f"the plan does attention by the {info.attention} path, and plans of {package.name} by the "
+            f"{package.attention} path: build it again"
+        )
+    everywhere = "any GPU of TensorRT-RTX" if package.is_rtx else "the GPU that it is built on"
+    built = f"the plan is for {', '.join(info.targets) or everywhere}"
+    if capability is None and not package.is_rtx:
+        raise ConfigError(
+            f"{built}, and this machine has no NVIDIA GPU that torch can use ({gpu}): the full TensorRT builds "
+            "and runs on one alone. Use backend='cpu', or install tensorrt-rtx-cu13 to build plans for other machines"
+        )
     if capability is None:
         raise ConfigError(
             f"{built}, and this machine has no NVIDIA GPU that torch can use ({gpu}): run it on one that has, or use "
@@ -161,6 +184,11 @@ def refuse_misfits(info: PlanInfo, package: Package, capability: tuple[int, int]
     here = f"sm{capability[0]}{capability[1]}"
     if problem := capability_problem(package, capability, gpu):
         raise ConfigError(f"{built}, and {problem}")
+    if info.targets and here not in info.targets and not package.is_rtx:
+        raise ConfigError(
+            f"{built}, and this is {gpu} ({here}): the full TensorRT's plans run where they are built, "
+            "so build it again here"
+        )
     if info.targets and here not in info.targets:
         raise ConfigError(f"{built}, and this is {gpu} ({here}): build it with target='{here}', or without a target")
 
@@ -193,6 +221,7 @@ def refuse_ahead(targets: Sequence[str]) -> None:
         ConfigError: no TensorRT is installed, or its plan could not run on this machine.
     """
     package = load_package()
+    package.check_targets(targets)
     refuse_here(PlanInfo(package.name, package.version, list(targets), "", {}, {}, [], "", package.attention), package)
 
 
@@ -219,6 +248,11 @@ def open_plan(plan: bytes, info: PlanInfo, package: Package, cache: Callable[[],
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         said = "; ".join(logger.take()) or "it gives no reason"
+        if info.attention == "plugin" and "plugin" in said.lower():
+            raise ConfigError(
+                f"{package.name} {package.version} does not find llmapi's plugins, whose kernels the plan for "
+                f"{', '.join(info.targets)} carries: {said}. Remove the entry and build again, or use backend='cuda'"
+            )
         raise CacheError(
             f"{package.name} {package.version} cannot load the plan: {said}. Remove the entry, build again"
         )

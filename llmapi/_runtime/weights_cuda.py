@@ -20,7 +20,11 @@ _ALIGNMENT = 16  # bytes; what the kernels' accesses need
 
 
 def read_weights(
-    graph: Graph, file: TensorFile, device: torch.device, progress: Callable[[int], None]
+    graph: Graph,
+    file: TensorFile,
+    device: torch.device,
+    progress: Callable[[int], None],
+    alignment: int = _ALIGNMENT,
 ) -> dict[str, torch.Tensor]:
     """The graph's weights by input name: views of one copy of the file on the GPU.
 
@@ -29,11 +33,12 @@ def read_weights(
         file: its weights.
         device: the GPU.
         progress: called with the bytes of each part that has arrived, from any thread.
+        alignment: bytes that every address is to be a multiple of; a tensor that lies otherwise is copied.
     """
     data = torch.empty(file.nbytes, dtype=torch.uint8, device=device)
     copy_file(file.path, data, progress)
     views = file.moved(data)
-    return {i.name: _aligned(views.read(i.parts)) for i in graph.inputs if i.kind == "weight"}
+    return {i.name: _aligned(views.read(i.parts), alignment) for i in graph.inputs if i.kind == "weight"}
 
 
 def copy_file(path: Path, target: torch.Tensor, progress: Callable[[int], None]) -> None:
@@ -104,5 +109,5 @@ def _random(entry: Input, seed: int, dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+def _aligned(tensor: torch.Tensor, alignment: int) -> torch.Tensor:
+    return tensor.clone() if tensor.data_ptr() % alignment else tensor

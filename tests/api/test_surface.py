@@ -174,7 +174,7 @@ def test_the_watch_sees_what_it_should() -> None:
 # ---- the order of imports
 
 LAYERS = (
-    {"errors", "_device", "_targets"},
+    {"errors", "_device", "_targets", "_tensorrt"},
     {"config", "sampling", "guided", "outputs", "beam_search"},
     {"_env", "_progress", "_files", "_digests", "_source", "_hub", "_tokenizer", "_frozen_tokenizer", "_detokenizer"},
     {"models"},

@@ -1,4 +1,5 @@
-"""A stand-in for the full TensorRT, in Python: it records a network, plugin layers among its layers, and runs nothing.
+"""A stand-in for the full TensorRT, in Python: it records a network, plugin layers among its layers. Its plans are run
+by ``fake_paged_runtime.py``.
 
 It has what the lowering and the plugins ask for, and what the evaluator reads. Types and ranks of operands are checked
 as a strongly typed network does it, shapes are worked out where they are known (-1 where not), and a plugin's outputs
@@ -14,11 +15,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.tensorrt.fake_paged_runtime import World, make_runtime
 
 Shape = tuple[int, ...]
 
@@ -241,7 +245,11 @@ class Weights:
 
 
 class Builder:
-    """``Builder``: its plan is no plan, but says as JSON what it was told: flags that were cleared, and profiles."""
+    """``Builder``: its plan is no plan, but says as JSON what it was told: flags that were cleared, and profiles; and
+    the number under which the network is kept.
+    """
+
+    world: World
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
@@ -262,7 +270,13 @@ class Builder:
         return profile
 
     def build_serialized_network(self, definition: INetworkDefinition, settings: Any) -> bytes:
-        told = {"cleared": [f.name for f in settings.cleared], "profiles": [p.shapes for p in settings.profiles]}
+        number = len(self.world.networks)
+        self.world.networks[number] = definition
+        for layer in map(definition.get_layer, range(definition.num_layers)):
+            if layer.kind == "CONSTANT":  # the plan holds the numbers; whose they were need not live on
+                layer.weights = layer.weights.copy()  # type: ignore[attr-defined]
+        told: dict[str, Any] = {"network": number, "cleared": [f.name for f in settings.cleared]}
+        told["profiles"] = [p.shapes for p in settings.profiles]
         return json.dumps(told).encode()
 
 
@@ -283,6 +297,8 @@ class _ProgressMonitor:
 
 def _modules() -> tuple[ModuleType, ModuleType]:
     trt, plugin = ModuleType("tensorrt"), ModuleType("tensorrt.plugin")
+    trt.__spec__ = ModuleSpec("tensorrt", None)  # whoever asks whether there is one finds it
+    world = World()
     registered = SimpleNamespace()
 
     def register(name: str, lazy_register: bool) -> Callable[[Any], Any]:
@@ -300,7 +316,10 @@ def _modules() -> tuple[ModuleType, ModuleType]:
     )  # fmt: skip
     trt.__dict__.update(
         __version__="10.15.0", plugin=plugin, DataType=DataType, Weights=Weights, GatherMode=GatherMode,
-        Builder=Builder, INetworkDefinition=INetworkDefinition, ILogger=_Logger, IProgressMonitor=_ProgressMonitor,
+        Builder=type("Builder", (Builder,), {"world": world}), world=world, Runtime=make_runtime(trt, world),
+        ExecutionContextAllocationStrategy=_enum(
+            "ExecutionContextAllocationStrategy", "STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"
+        ), INetworkDefinition=INetworkDefinition, ILogger=_Logger, IProgressMonitor=_ProgressMonitor,
         NetworkDefinitionCreationFlag=NetworkDefinitionCreationFlag, Permutation=tuple,
         BuilderFlag=_enum("BuilderFlag", "TF32"),
         ProfilingVerbosity=_enum("ProfilingVerbosity", "LAYER_NAMES_ONLY"),
@@ -321,7 +340,7 @@ def _modules() -> tuple[ModuleType, ModuleType]:
 
 @contextmanager
 def fake_tensorrt() -> Iterator[Any]:
-    """In it, ``import tensorrt`` finds the stand-in; gives the module."""
+    """In it, ``import tensorrt`` finds the stand-in; gives the module, whose ``world`` is the stand-in's own."""
     trt, plugin = _modules()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorrt", trt)

@@ -12,22 +12,21 @@ import torch
 from llmapi._build.export import export_graph
 from llmapi._build.graph import Graph
 from llmapi._build.tensor_file import TensorFile
-from llmapi._build.tensorrt.buckets import BLOCK_SIZE, buckets_of, choose, table_width
+from llmapi._build.tensorrt.buckets import buckets_of, choose, table_width
 from llmapi._build.tensorrt.package import Package
 from llmapi._build.tensorrt.path import AttentionPath
 from llmapi._build.tensorrt.plan import make_network
 from llmapi._build.tensorrt.plugin_path import PATH
-from llmapi._kernels.norm import add_rms_norm
-from llmapi._kernels.paged_attention import paged_attention
 from llmapi._kernels.plugins import pool_addresses
-from llmapi._kernels.plugins.pools import POOL_GUARD
-from llmapi._kernels.rotary import rotary_kv_write
+from llmapi._runtime.padded_step import PaddedStep, empty_step
+from llmapi._tensorrt import BLOCK_SIZE
 from llmapi.config import EngineConfig, EngineOptions, resolve
 from llmapi.models.spec import TransformerSpec
 from llmapi.models.transformer import constants
 from tests.models.test_parity import write_model
 from tests.tensorrt.evaluator import Evaluator
 from tests.tensorrt.fake_network import fake_tensorrt
+from tests.tensorrt.plugin_rules import PluginRules
 from tests.tiny import tiny_config, tiny_model
 
 MAX_SEQ_LEN = 200
@@ -67,7 +66,8 @@ class PagedNetwork:
     ) -> None:  # fmt: skip
         self.model, self.spec, self.config, self.graph, self.weights = model, spec, config, graph, weights
         self.net, self.definition = net, net.definition
-        self.evaluator = Evaluator(trt, net.definition, {"PLUGIN": self._plugin})
+        rules = PluginRules(lambda address: self._at[address], spec, strict=False)  # faults are to show in numbers
+        self.evaluator = Evaluator(trt, net.definition, {"PLUGIN": rules})
         self.buckets = buckets_of(config)
         shape = (BLOCKS, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
         dtype = getattr(torch, config.dtype)
@@ -85,85 +85,27 @@ class PagedNetwork:
             parts: sequences, and which of their tokens are new: from, to.
             wanted: rows; None for all.
         """
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        starts = [0]
+        batch = empty_step()
         for sequence, first, stop in parts:
             while len(sequence.blocks) * BLOCK_SIZE < stop:
                 sequence.blocks.append(self._free.pop())
-            ids += sequence.ids[first:stop]
-            positions += range(first, stop)
-            slots += [sequence.blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(first, stop)]
-            starts.append(len(ids))
-        rows = list(range(len(ids))) if wanted is None else wanted
-        index = choose(self.buckets, len(ids), len(parts), len(rows))
+            batch.input_ids += sequence.ids[first:stop]
+            batch.positions += range(first, stop)
+            batch.slot_mapping += [
+                sequence.blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(first, stop)
+            ]
+            batch.block_tables.append(sequence.blocks)
+            batch.seq_lens.append(stop)
+            batch.query_start.append(len(batch.input_ids))
+        batch.logits_indices += range(len(batch.input_ids)) if wanted is None else wanted
+        index = choose(self.buckets, len(batch.input_ids), len(parts), len(batch.logits_indices))
         self.used.append(index)
-        bucket = self.buckets[index]
-        width = table_width(self.config.max_seq_len)
-        odd = BLOCKS + 7  # no block: padding that is read shows
-        tables = [s.blocks + [odd] * (width - len(s.blocks)) for s, _, _ in parts]
-        step = {
-            "input_ids": padded(ids, bucket.tokens, 0),
-            "positions": padded(positions, bucket.tokens, 0),
-            "slot_mapping": padded(slots, bucket.tokens, -1),
-            "block_tables": torch.stack([padded(t, width, odd) for t in padded_list(tables, bucket.sequences)]),
-            "seq_lens": padded([stop for _, _, stop in parts], bucket.sequences, 0),
-            "query_start": padded(starts, bucket.sequences + 1, len(ids)),
-            "logits_indices": padded(rows, bucket.rows, 0),
-        }
+        padded = PaddedStep.of(self.buckets[index], table_width(self.config.max_seq_len))
+        memory = torch.full((padded.size,), 12345, dtype=torch.int32)
+        padded.fill(memory.numpy(), batch)
         pools = pool_addresses(self.caches)  # type: ignore[arg-type]
-        return self.evaluator.run({**self.weights, **step, "pools": pools})["logits"][: len(rows)]
-
-    # ---- plugins, by the references of the operators that they stand for
-
-    def _plugin(self, layer: Any, x: list[torch.Tensor]) -> Any:
-        return getattr(self, f"_{layer.plugin}")(x, layer.attributes)
-
-    def _caches_of(self, pools: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        assert int(pools[0]) == POOL_GUARD
-        return self._at[int(pools[1 + 2 * layer])], self._at[int(pools[2 + 2 * layer])]
-
-    def _shape(self, a: dict[str, Any]) -> None:
-        given = (a["heads"], a["kv_heads"], a["head_dim"], a["arch"])
-        assert given == (self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim, 89)
-
-    def _rotary_kv_write(self, x: list[torch.Tensor], a: dict[str, Any]) -> torch.Tensor:
-        qkv, cos_sin, slots, pools = x
-        self._shape(a)
-        assert cos_sin.shape[1] == a["rotary_dim"]
-        return rotary_kv_write(qkv, cos_sin, slots, *self._caches_of(pools, a["layer"]), bool(a["interleaved"]))
-
-    def _kv_write(self, x: list[torch.Tensor], a: dict[str, Any]) -> torch.Tensor:
-        qkv, slots, pools = x
-        self._shape(a)
-        return rotary_kv_write(qkv, None, slots, *self._caches_of(pools, a["layer"]), False)
-
-    def _paged_attention(self, x: list[torch.Tensor], a: dict[str, Any]) -> torch.Tensor:
-        q, pools, tables, lengths, starts = x
-        self._shape(a)
-        assert a["block_size"] == BLOCK_SIZE
-        keys, values = self._caches_of(pools, a["layer"])
-        out = paged_attention(
-            q, keys, values, tables, lengths, starts, a["scale"], a["window"], a["softcap"], None, None
-        )
-        out[int(starts[-1]) :] = 0  # rows of no sequence
-        return out
-
-    def _add_rms_norm(self, x: list[torch.Tensor], a: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        assert a["width"] == x[2].shape[0] and a["arch"] == 89
-        normed, total = add_rms_norm(x[0], x[1], x[2], a["eps"])
-        return normed, total
-
-
-def padded(values: list[int], size: int, fill: int) -> torch.Tensor:
-    """As int32, made as long as a bucket has it."""
-    return torch.tensor(values + [fill] * (size - len(values)), dtype=torch.int32)
-
-
-def padded_list(tables: list[list[int]], size: int) -> list[list[int]]:
-    """Tables of a bucket's sequences; those of no sequence are empty."""
-    return tables + [[]] * (size - len(tables))
+        step = padded.views(memory)
+        return self.evaluator.run({**self.weights, **step, "pools": pools})["logits"][: len(batch.logits_indices)]
 
 
 def options(**more: Any) -> EngineOptions:

@@ -50,7 +50,8 @@ def test_misfits(plan: PlanInfo, capability: tuple[int, int] | None, said: str) 
 def test_what_fits_is_let_through() -> None:
     refuse_misfits(info("sm80", "sm89"), RTX, (8, 9), "a GPU")
     refuse_misfits(info(), RTX, (12, 1), "a GPU")
-    refuse_misfits(info(name="tensorrt", version="10.15"), Package("tensorrt", "10.15", None), (9, 0), "a GPU")
+    full = PlanInfo("tensorrt", "10.15", ["sm90"], "float16", {}, {}, [], "", "plugin", 64)
+    refuse_misfits(full, Package("tensorrt", "10.15", None), (9, 0), "a GPU")
 
 
 # ---- TensorRT's own refusals

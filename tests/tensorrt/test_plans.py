@@ -213,7 +213,7 @@ def test_errors_of_a_build_come_to_the_caller() -> None:
 
 
 def test_no_tensorrt(monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    monkeypatch.setattr("llmapi._build.tensorrt.package.installed", list)
+    monkeypatch.setattr("llmapi._tensorrt.installed", list)
     with pytest.raises(
         ConfigError, match=r"neither tensorrt_rtx nor tensorrt is installed: pip install .*tensorrt-rtx"
     ):

@@ -20,18 +20,18 @@ from llmapi._build.artifact_keys import plan_key
 from llmapi._build.export import export_graph
 from llmapi._build.graph import STEP_INPUTS
 from llmapi._build.tensorrt import plugin_path
-from llmapi._build.tensorrt.buckets import BLOCK_SIZE, Bucket, buckets, choose
+from llmapi._build.tensorrt.buckets import Bucket, buckets, buckets_in, buckets_of, choose
 from llmapi._build.tensorrt.package import Package
 from llmapi._build.tensorrt.path import NATIVE, AttentionPath, attention_path
 from llmapi._build.tensorrt.plan import build_plan, make_network
 from llmapi._build.tensorrt.plugin_path import PATH
 from llmapi._kernels import plugins, relative_error
 from llmapi._kernels.tensorrt_network import Network
-from llmapi._runtime import tensorrt_plan
 from llmapi._runtime.explain import explain
-from llmapi._runtime.tensorrt_plan import read_plan, refuse_ahead, refuse_misfits
+from llmapi._runtime.tensorrt_plan import read_plan
+from llmapi._tensorrt import BLOCK_SIZE
 from llmapi.config import resolve
-from llmapi.errors import BuildError, CapacityError, ConfigError
+from llmapi.errors import BuildError, CapacityError
 from llmapi.models.transformer import constants
 from tests._runtime.test_engine_cpu import SPEC
 from tests.tensorrt.fake_network import fake_tensorrt
@@ -227,8 +227,10 @@ def test_profiles_are_fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         plan, info = build_plan(
             Package("tensorrt", trt.__version__, trt), export_graph(spec), spec, config, constants(spec), path=PATH
         )
-    assert json.loads(bytes(plan)) == {"cleared": ["TF32"], "profiles": info.profiles}
+    assert json.loads(bytes(plan)) == {"network": 0, "cleared": ["TF32"], "profiles": info.profiles}
     assert info.attention == "plugin" and list(info.outputs) == ["logits"]
+    assert (info.targets, info.block_size) == (["sm89"], BLOCK_SIZE)
+    assert buckets_in(info.profiles) == (buckets_of(config), 4)
     assert type(info).parse(info.text) == info
     assert [(p["input_ids"][0], p["seq_lens"][0], p["logits_indices"][0]) for p in info.profiles] == [
         ([1], [1], [1]), ([2], [2], [2]), ([4], [4], [4]), ([8], [4], [4]), ([16], [4], [4]), ([20], [4], [4]),
@@ -292,7 +294,7 @@ def test_a_build_takes_plugins_and_keeps_plans_of_gpus_apart(tmp_path: Path, mon
     model = tiny_checkpoint(tmp_path / "model", "llama", head_dim=64)
     limits = {"max_seq_len": 96, "max_batch_size": 4, "max_num_tokens": 48}
     arguments: dict[str, Any] = {"backend": "tensorrt", "cache_dir": tmp_path / "cache", **limits}
-    monkeypatch.setattr("llmapi._build.tensorrt.package.installed", lambda: ["tensorrt"])
+    monkeypatch.setattr("llmapi._tensorrt.installed", lambda: ["tensorrt"])
     monkeypatch.setattr(plugin_path, "arch_at_hand", lambda: "sm_89")
     with fake_tensorrt():
         first = LLM.build(model, **arguments)
@@ -332,22 +334,3 @@ def test_heads_that_no_plugin_takes_are_refused(monkeypatch: pytest.MonkeyPatch)
             Package("tensorrt", trt.__version__, trt), export_graph(SPEC), SPEC, resolve(options(), SPEC),
             constants(SPEC), PATH,
         )  # fmt: skip
-
-
-# ---- running
-
-
-def test_plans_with_plugins_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused by name: before anything is built, and where such a plan is loaded."""
-    full = Package("tensorrt", "10.15.0", None)
-    monkeypatch.setattr(tensorrt_plan, "load_package", lambda: full)
-    monkeypatch.setattr("llmapi._device.cuda_visible", lambda: True)
-    monkeypatch.setattr("llmapi._device.cuda_capability", lambda: (8, 9))
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
-    said = "plugins over the paged cache, which this release builds plans for and does not run: use backend='cuda'"
-    with pytest.raises(ConfigError, match=said):
-        refuse_ahead(())
-    info = tensorrt_plan.PlanInfo("tensorrt", "10.15.0", [], "float16", {}, {}, [], "", "plugin")
-    with pytest.raises(ConfigError, match=said):
-        refuse_misfits(info, full, (8, 9), "a GPU")
-    assert said in str(tensorrt_plan.gpu_problem(full))

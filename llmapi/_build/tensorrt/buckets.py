@@ -6,14 +6,13 @@ common and largest sizes are one, and an execution context of its own keeps it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llmapi._build.graph import STEP_INPUTS
+from llmapi._tensorrt import BLOCK_SIZE
 from llmapi.config import EngineConfig
-from llmapi.errors import CapacityError
-
-BLOCK_SIZE = 64
-"""Tokens of a block of the paged cache."""
+from llmapi.errors import CacheError, CapacityError
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,15 @@ class Bucket:
     tokens: int
     sequences: int
     rows: int
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the step's inputs by name.
+
+        Args:
+            width: blocks of a block table, ``M``.
+        """
+        sizes = {"T": self.tokens, "B": self.sequences, "B+1": self.sequences + 1, "M": width, "N": self.rows}
+        return {name: tuple(sizes[size] for size in shape) for name, shape in STEP_INPUTS.items()}
 
 
 def table_width(max_seq_len: int) -> int:
@@ -57,6 +65,34 @@ def buckets(max_batch_size: int, max_num_tokens: int) -> list[Bucket]:
 def buckets_of(config: EngineConfig) -> list[Bucket]:
     """:func:`buckets` of an engine's limits."""
     return buckets(config.max_batch_size, config.max_num_tokens)
+
+
+def buckets_in(profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]]) -> tuple[list[Bucket], int]:
+    """The buckets that a plan was built with, in the order of its profiles, and the width of its block tables.
+
+    Args:
+        profiles: as a plan's description has them: for each, input to smallest, most common and largest shape.
+
+    Raises:
+        CacheError: they are no buckets of one width.
+    """
+    found: list[Bucket] = []
+    widths: set[int] = set()
+    try:
+        for profile in profiles:
+            [tokens], [sequences], [rows] = (profile[n][0] for n in ("input_ids", "seq_lens", "logits_indices"))
+            width = profile["block_tables"][0][1]
+            found.append(Bucket(tokens, sequences, rows))
+            widths.add(width)
+            same = all(tuple(size) == shape for name, shape in found[-1].shapes(width).items() for size in profile[name])
+            if not same:
+                raise ValueError(f"profile {len(found) - 1} is no bucket of fixed sizes")
+        [width] = widths
+    except (KeyError, IndexError, ValueError) as error:
+        raise CacheError(
+            f"the plan's description has no buckets of a paged step ({error}): remove the entry, build again"
+        ) from error
+    return found, width
 
 
 def choose(of: Sequence[Bucket], tokens: int, sequences: int, rows: int) -> int:

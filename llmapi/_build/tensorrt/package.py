@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llmapi import _tensorrt
 from llmapi.errors import ConfigError
 
 VERSIONS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
@@ -42,13 +43,28 @@ class Package:
 
     @property
     def attention(self) -> Literal["native", "plugin"]:
-        """How its networks do attention: RTX takes no plugins, and full TensorRT gets the paged cache through them."""
-        return "native" if self.is_rtx else "plugin"
+        """How its networks do attention, see :func:`llmapi._tensorrt.attention_of`."""
+        return _tensorrt.attention_of(self.name)
+
+    def check_targets(self, targets: Sequence[str]) -> None:
+        """Refuse targets of a package that builds for the GPU at hand.
+
+        Args:
+            targets: that a plan is to be built for.
+
+        Raises:
+            ConfigError: there are some, and this is full TensorRT.
+        """
+        if targets and not self.is_rtx:
+            raise ConfigError(
+                f"target={','.join(targets)}: {self.name} builds for the GPU at hand only; leave target out, or install "
+                "tensorrt-rtx-cu13"
+            )
 
 
 def installed() -> list[str]:
-    """Modules of TensorRT that are installed, the preferred one first; nothing is imported."""
-    return [name for name in VERSIONS if importlib.util.find_spec(name) is not None]
+    """See :func:`llmapi._tensorrt.installed`."""
+    return _tensorrt.installed()
 
 
 def load_package(name: str | None = None) -> Package:

@@ -36,6 +36,8 @@ class AttentionPath:
         outputs: what the network gives beside the logits, by name, once all nodes are lowered.
         profiles: the sizes that each optimization profile takes.
         key_parts: what a plan's key needs beside the graph, the limits and the lowering's sources.
+        targets: what a plan is for where no target was given; empty for any GPU of the package.
+        block_size: tokens of a block of the paged cache; 0 for a linear one.
     """
 
     name: str
@@ -46,6 +48,8 @@ class AttentionPath:
     outputs: Callable[[Network], Mapping[str, Tensor]]
     profiles: Callable[[Graph, TransformerSpec, EngineConfig], list[ProfileShapes]]
     key_parts: Callable[[], Mapping[str, str]]
+    targets: Callable[[], list[str]] = list
+    block_size: int = 0
 
 
 def cache_output(name: str) -> str:

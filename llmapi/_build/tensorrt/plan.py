@@ -32,12 +32,14 @@ class PlanInfo:
 
     Attributes:
         package, version: what built it; no other version reads it.
-        targets: GPU architectures it holds code for; empty for any that the package supports.
+        targets: GPU architectures it holds code for, full TensorRT's being the one that it was built on; empty for any
+            that the package supports.
         dtype: of weights, activations and caches.
         inputs, outputs: name to type and sizes, -1 where they vary.
         profiles: for each, name to smallest, most common and largest shape.
         sha256: of the plan's bytes.
         attention: how it is done, ``native`` or ``plugin``.
+        block_size: tokens of a block of the paged cache; 0 for a linear one.
     """
 
     package: str
@@ -49,6 +51,7 @@ class PlanInfo:
     profiles: list[dict[str, list[list[int]]]]
     sha256: str
     attention: str = "native"
+    block_size: int = 0
 
     @property
     def text(self) -> str:
@@ -133,11 +136,7 @@ def build_plan(
     targets: Sequence[str] = config.targets
     if why := lacking(targets, config.dtype):
         raise ConfigError(why)
-    if targets and not package.is_rtx:
-        raise ConfigError(
-            f"target={','.join(targets)}: {package.name} builds for the GPU at hand only; leave target out, or install "
-            "tensorrt-rtx-cu13"
-        )
+    package.check_targets(targets)
     trt = package.trt
     builder, logger, net = make_network(package, graph, spec, config, constants, path)
     settings = builder.create_builder_config()
@@ -170,13 +169,14 @@ def build_plan(
     info = PlanInfo(
         package.name,
         package.version,
-        list(targets),
+        list(targets or path.targets()),
         config.dtype,
         dict(_described(definition.get_input(i)) for i in range(definition.num_inputs)),
         dict(_described(definition.get_output(i)) for i in range(definition.num_outputs)),
         found,
         hashlib.sha256(plan).hexdigest(),
         path.name,
+        path.block_size,
     )
     return memoryview(plan), info
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmapi import _device
+from llmapi._tensorrt import BLOCK_SIZE
 from llmapi._build.graph import STEP_INPUTS, Graph
-from llmapi._build.tensorrt.buckets import BLOCK_SIZE, buckets_of, table_width
+from llmapi._build.tensorrt.buckets import buckets_of, table_width
 from llmapi._build.tensorrt.path import AttentionPath, ProfileShapes
 from llmapi._kernels import plugins
 from llmapi._kernels.nvrtc import architecture
+from llmapi._kernels.plugins.plugin import compute_capability
 from llmapi._kernels.tensorrt_network import Lower, Network, Tensor, data_type
 from llmapi.config import EngineConfig
 from llmapi.errors import BuildError
@@ -155,16 +157,14 @@ def add_rms_norm(net: Network, x: Tensor, residual: Tensor, weight: Tensor, eps:
 def _profiles(graph: Graph, spec: TransformerSpec, config: EngineConfig) -> list[ProfileShapes]:
     found = []
     for bucket in buckets_of(config):
-        sizes = {
-            "T": bucket.tokens,
-            "B": bucket.sequences,
-            "B+1": bucket.sequences + 1,
-            "M": table_width(config.max_seq_len),
-            "N": bucket.rows,
-        }
-        shapes = {name: tuple(sizes[size] for size in shape) for name, shape in STEP_INPUTS.items()}
+        shapes = bucket.shapes(table_width(config.max_seq_len))
         found.append({name: (shape, shape, shape) for name, shape in shapes.items()})
     return found
+
+
+def _targets() -> list[str]:
+    arch = arch_at_hand()
+    return [] if arch is None else [f"sm{compute_capability(arch)}"]
 
 
 TABLE: dict[str, Lower] = {
@@ -184,5 +184,7 @@ PATH = AttentionPath(
     outputs=lambda net: {},
     profiles=_profiles,
     key_parts=key_parts,
+    targets=_targets,
+    block_size=BLOCK_SIZE,
 )
 """Ragged attention over the paged cache, in the project's own kernels."""
