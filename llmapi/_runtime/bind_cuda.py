@@ -56,7 +56,7 @@ class CudaPlan:
     def any(cls, arrays: Mapping[str, torch.Tensor], shape: StepShape) -> CudaPlan:
         """For every step of a shape."""
         names = ("counts", "seq_lens", "query_start")
-        return cls(True, not shape.decode, *(arrays[name] for name in names))
+        return cls(not shape.prompts, not shape.decode, *(arrays[name] for name in names))
 
 
 @dataclass(frozen=True, slots=True)

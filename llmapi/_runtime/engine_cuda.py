@@ -131,7 +131,7 @@ class CudaEngine(Engine):
         if batch.copies:
             self._copy_blocks(batch.copies)
         decodes, tokens = num_decodes(batch), len(batch.input_ids)
-        wanted = StepShape(tokens, len(batch.seq_lens), len(batch.logits_indices), decodes == tokens)
+        wanted = StepShape(tokens, len(batch.seq_lens), len(batch.logits_indices), decodes == tokens, decodes == 0)
         shape = self._graphs.shape(wanted) if graphs else None
         arrays = self._buffers.upload(batch, shape or wanted, decodes).device
         resolve_ids(self._gpu, arrays["source_ids"], sampled, arrays["input_ids"])

@@ -2,7 +2,7 @@
 
 A step's shape is rounded up to a bucket. Steps of decoding have a bucket for each number of sequences;
 steps with prompt tokens have one for each number of tokens up to a limit beyond which launching costs less than
-computing.
+computing, and another where nobody decodes in them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Graphs:
         rows = _smallest([1, 8, 32, 128], wanted.rows)
         if rows is None or rows > size:
             rows = size
-        return StepShape(size, min(size, self._max_seqs), rows, False)
+        return StepShape(size, min(size, self._max_seqs), rows, False, wanted.prompts)
 
     def replay(self, shape: StepShape, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The result of a step, by its graph.

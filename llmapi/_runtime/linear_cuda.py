@@ -12,10 +12,11 @@ from llmapi._kernels.gated_activation_cuda import gated_activation
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
 
-ROWS = (1, 8, 16, 24, 32, 48, 64, 96, 128)
+ROWS = (1, 8, 16, 32, 64, 128)
 """Numbers of rows for which linear layers are tuned; others take the choice of the next larger one."""
 
-_MOST_VARIANTS = 6  # of the kernel's own ranking that are measured
+_FEW_ROWS = 8
+_MOST_VARIANTS = (6, 3)  # of the kernel's own ranking that are measured, for few rows and for more
 
 CUBLAS = -1
 """The choice that stands for torch's own product."""
@@ -66,7 +67,7 @@ class LinearChoices:
         if kernel is None:
             return
         cases = [
-            (count, gate, weights, kernel.variants(count, *weights[0].shape)[:_MOST_VARIANTS])
+            (count, gate, weights, kernel.variants(count, *weights[0].shape)[: _MOST_VARIANTS[count > _FEW_ROWS]])
             for gate, weights in groups
             for count in rows
             if kernel.supports(count, *weights[0].shape)

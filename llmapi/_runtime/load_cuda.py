@@ -55,7 +55,7 @@ def load_cuda(
         kernel = binder.choices.kernel
         if kernel is None:
             return
-        rows = tuple(r for r in ROWS if r <= bucket_of(prepared.config.max_batch_size))
+        rows = tuple(r for r in ROWS if r <= bucket_of(prepared.config.max_num_tokens))
         shapes = [(gate, int(w[0].shape[0]), int(w[0].shape[1])) for gate, w in groups]
         cases = [binder.choices.name(r, n, k, gate) for gate, n, k in shapes for r in rows if kernel.supports(r, n, k)]
         key = tuning_key(gpu.name, gpu.arch, prepared.config.dtype, cases)

@@ -30,12 +30,14 @@ class StepShape:
     Attributes:
         tokens, seqs, rows: T, B and N of the step.
         decode: every sequence has one token: row ``i`` of everything belongs to sequence ``i``.
+        prompts: the first sequence has several tokens, so that decode attention has nothing to do.
     """
 
     tokens: int
     seqs: int
     rows: int
     decode: bool
+    prompts: bool = False
 
     def sections(self) -> dict[str, int]:
         """Names and sizes of the arrays, in the order in which they lie."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmapi._runtime.bind_cuda import CudaPlan
 from llmapi._runtime.graphs_cuda import MOST_PROMPT_TOKENS, Graphs
 from llmapi._runtime.step_buffers import StepShape
 
@@ -82,3 +83,12 @@ def test_a_shape_is_captured_once_and_replayed_ever_after() -> None:
     found.close()
     found.replay(shape, run)
     assert len(gpu.captured) == 2
+
+
+def test_steps_in_which_nobody_decodes_have_a_graph_of_their_own() -> None:
+    mixed = graphs()[0].shape(StepShape(100, 2, 1, False))
+    prompts = graphs()[0].shape(StepShape(100, 2, 1, False, True))
+    assert mixed is not None and prompts is not None and mixed != prompts
+    arrays = dict.fromkeys(("counts", "seq_lens", "query_start"), torch.zeros(4))
+    assert [CudaPlan.any(arrays, shape).decode for shape in (mixed, prompts)] == [True, False]
+    assert CudaPlan.any(arrays, prompts).context

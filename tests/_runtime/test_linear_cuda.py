@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from llmapi._kernels.nvrtc import Unit
+from llmapi._kernels.skinny_linear_layout import Layout, Variant
 from llmapi._runtime import linear_cuda
 from llmapi._runtime.linear_cuda import CUBLAS, ROWS, CudaLinear, LinearChoices
 
@@ -64,9 +66,9 @@ def test_a_gate_is_a_case_of_its_own(choices: LinearChoices, monkeypatch: pytest
 
 def test_what_was_not_measured_is_cublas(choices: LinearChoices) -> None:
     choices.table["64x256x512"] = 11
-    assert choices.variant(33, 256, 512, None) is None  # 48 rows were not measured
-    assert choices.variant(49, 256, 512, None) == choices.variant(64, 256, 512, None) == 11
-    assert choices.variant(65, 256, 512, None) is None
+    assert choices.variant(32, 256, 512, None) is None  # 32 rows were not measured
+    assert choices.variant(33, 256, 512, None) == choices.variant(64, 256, 512, None) == 11
+    assert choices.variant(65, 256, 512, None) is None and choices.variant(129, 256, 512, None) is None
     assert choices.variant(64, 257, 512, None) is None
     x = torch.randn(3, 512).bfloat16()
     weight, bias = torch.randn(256, 512).bfloat16(), torch.randn(256).bfloat16()
@@ -80,3 +82,14 @@ def test_float32_is_always_cublas() -> None:
     choices = LinearChoices(gpu, torch.float32)
     choices.tune([(None, [torch.zeros(8, 8)])])
     assert choices.table == {} and choices.variant(1, 8, 8, None) is None
+
+
+def test_a_choice_fits_every_number_of_rows_that_takes_it() -> None:
+    """What was measured at 64 rows is laid out anew for 33, whose code is another."""
+    for rows in range(1, ROWS[-1] + 1):
+        measured = linear_cuda.bucket_of(rows)
+        for n, k in ((4096, 4096), (22016, 4096), (4096, 11008), (576, 1536), (8, 64)):
+            for cluster, boxes, coarse in itertools.product((0, 1, 2), (1, 2, 4, 8), (0, 1)):
+                variant = Variant(cluster, boxes, coarse)
+                if Layout.of(variant, measured, n, k, sms=132, shared_memory=227 << 10):
+                    assert Layout.of(variant, rows, n, k, sms=132, shared_memory=227 << 10), (rows, n, k, variant)

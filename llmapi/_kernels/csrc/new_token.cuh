@@ -46,17 +46,28 @@ DEVICE void rotate_queries(Queries& queries, const float* cos_sin) {
   }
 }
 
-// What a lane holds of the newest key and value: item `round * 32 + lane`.
+// What a lane holds of the newest key and value: item `round * 32 + lane`. As words: NVRTC 13.0 was seen to mix up halves
+// that it kept apart from here to where they are stored, with groups of more than 16 query heads in half precision.
 struct NewToken {
-  Octet first[ROUNDS], second[ROUNDS];
+  uint4 first[ROUNDS], second[ROUNDS];
 };
+
+DEVICE uint4 words_of(const Octet& octet) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    words[i] = pack2(scalar_t(), to_float(octet.at[2 * i]), to_float(octet.at[2 * i + 1]));
+    asm volatile("" : "+r"(words[i]));
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
 
 DEVICE void take(NewToken& token, const scalar_t* key, const scalar_t* value, const float* cos_sin) {
   int lane = threadIdx.x & 31;
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++) {
     int item = r * 32 + lane;
-    Octet &x = token.first[r], &y = token.second[r];
+    Octet x = {}, y = {};
     if (item < PAIRED) {
       x = load<scalar_t, 8>(key + item * 8);
       y = load<scalar_t, 8>(key + (item + PAIRED) * 8);
@@ -75,19 +86,22 @@ DEVICE void take(NewToken& token, const scalar_t* key, const scalar_t* value, co
     } else if (item < ITEMS) {
       x = load<scalar_t, 8>(value + (item - KEY_ITEMS) * 8);
     }
+    token.first[r] = words_of(x);
+    token.second[r] = words_of(y);
   }
 }
 
+DEVICE void store_words(scalar_t* to, const uint4& words) { *reinterpret_cast<uint4*>(to) = words; }
 DEVICE void put(const NewToken& token, scalar_t* key, scalar_t* value) {
   int lane = threadIdx.x & 31;
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++) {
     int item = r * 32 + lane;
-    if (item < PAIRED) store(key + item * 8, token.first[r]);
+    if (item < PAIRED) store_words(key + item * 8, token.first[r]);
     if (item < KEY_ITEMS) {
-      store(key + (item + PAIRED) * 8, item < PAIRED ? token.second[r] : token.first[r]);
+      store_words(key + (item + PAIRED) * 8, item < PAIRED ? token.second[r] : token.first[r]);
     } else if (item < ITEMS) {
-      store(value + (item - KEY_ITEMS) * 8, token.first[r]);
+      store_words(value + (item - KEY_ITEMS) * 8, token.first[r]);
     }
   }
 }
