@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmapi import _env
@@ -22,9 +20,9 @@ from llmapi._build.pipeline import Recipe
 from llmapi._build.saved import SavedEngine, load_saved
 from llmapi._build.store import EntryInfo, Manifest, Store
 from llmapi._digests import DigestMemory
-from llmapi._runtime.start import ModelOptions, find_recipe, saved_config, saved_folder
+from llmapi._runtime.options import ModelOptions, full_path, split_arguments
+from llmapi._runtime.start import find_recipe, saved_config, saved_folder
 from llmapi._source import Snapshot, listing, needed, no_model, source_files
-from llmapi.config import EngineOptions, KvCacheConfig
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def explain(model: str, **arguments: Any) -> list[Finding]:
         LLMAPIError: the model cannot be found, or cannot be built with these arguments.
     """
     options, engine = split_arguments(model, arguments)
-    root = Path(options.cache_dir).expanduser() if options.cache_dir is not None else _env.cache_dir()
+    root = _env.cache_dir() if options.cache_dir is None else full_path("cache_dir", options.cache_dir)
     store = Store(root)
     folder = saved_folder(options.model)
     if folder is not None:
@@ -88,20 +86,6 @@ def _keeps_tokenizer(snapshot: Snapshot, options: ModelOptions) -> bool:
         return False
     plain = options.tokenizer_mode == "auto" and not options.trust_remote_code
     return snapshot.kind == "gguf" or (plain and bool(snapshot.tokenizer_files))
-
-
-def split_arguments(model: str, arguments: Mapping[str, Any]) -> tuple[ModelOptions, EngineOptions]:
-    """The arguments of LLM as options of the model and of the engine.
-
-    Args:
-        model: as for :class:`llmapi.LLM`.
-        arguments: the others.
-    """
-    names = {f.name for f in fields(EngineOptions)}
-    engine = {name: value for name, value in arguments.items() if name in names}
-    rest = {name: value for name, value in arguments.items() if name not in names and name != "kv_cache_config"}
-    kv_cache = KvCacheConfig.of(arguments.get("kv_cache_config"))
-    return ModelOptions(model, **rest), EngineOptions(kv_cache=kv_cache, **engine)
 
 
 def _with_weights(snapshot: Snapshot, options: ModelOptions) -> Snapshot | None:

@@ -14,7 +14,7 @@ from llmapi._tokenizer import Tokenizer
 from llmapi.errors import CacheError, ConfigError
 
 if TYPE_CHECKING:
-    from llmapi._runtime.start import ModelOptions
+    from llmapi._runtime.options import ModelOptions
 
 log = logging.getLogger("llmapi")
 

@@ -46,6 +46,18 @@ def listed(prompts: Any) -> tuple[list[Any], bool]:
     return list(prompts), False
 
 
+def conversations(messages: Any) -> tuple[list[Any], bool]:
+    """The conversations as a list, and whether they were a single one. What is in them is the chat template's business.
+
+    >>> message = {"role": "user", "content": "Hello"}
+    >>> conversations([message])[1], conversations([[message], [message]])[1]
+    (True, False)
+    """
+    if not isinstance(messages, (list, tuple)) or not messages or isinstance(messages[0], Mapping):
+        return [messages], True
+    return list(messages), False
+
+
 def _plain(value: Any) -> Any:
     """Arrays and tensors as lists; the rest as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
