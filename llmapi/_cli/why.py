@@ -6,7 +6,7 @@ import time
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from llmapi._cli.options import add_engine, engine_arguments
+from llmapi._cli.options import add_model_verb, engine_arguments
 from llmapi._cli.parser import Parser, Verbs
 from llmapi._cli.text import age_text, model_text
 
@@ -16,16 +16,14 @@ if TYPE_CHECKING:
 
 def add(verbs: Verbs) -> Parser:
     """Declare the verb."""
-    parser = verbs.add_parser(
-        "why",
-        usage="llmapi cache why [options] MODEL",
+    return add_model_verb(
+        verbs,
+        "cache why",
+        run,
         help="say whether a start would find everything, and what differs where not",
         description="Say, for each artifact of a model, whether a start with these options would find it in the cache; "
         "where not, which entry is nearest and what differs. Nothing is built, and no weights are downloaded.",
     )
-    add_engine(parser)
-    parser.set_defaults(run=run)
-    return parser
 
 
 def run(args: Namespace) -> int:
