@@ -11,7 +11,7 @@ from llmapi._cli.parser import Parser, Verbs
 from llmapi._cli.text import age_text, model_text
 
 if TYPE_CHECKING:
-    from llmapi._runtime.explain import Finding
+    from llmapi._runtime.finding import Finding
 
 
 def add(verbs: Verbs) -> Parser:
@@ -41,7 +41,8 @@ def _lines(finding: Finding) -> list[str]:
     if finding.entry is not None:
         used = age_text(time.time() - finding.entry.last_used)
         return [f"{finding.kind}: hit:{digest} ({model_text(finding.entry.label)}), last used {used} ago"]
-    head = f"{finding.kind}: {'hit' if finding.found else 'miss'}:{digest}"
+    state = {True: "hit", False: "miss", None: "none"}[finding.found]
+    head = f"{finding.kind}: {state}:{digest}"
     if finding.note:
         head += f"{',' if digest else ''} {finding.note}"
     if finding.nearest is None:
