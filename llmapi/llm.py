@@ -313,7 +313,11 @@ class LLM:
         Raises:
             RequestError: not the type of an id.
         """
-        ids = [request_id] if isinstance(request_id, str) or not isinstance(request_id, Iterable) else list(request_id)
+        ids = (
+            [request_id]
+            if isinstance(request_id, (str, bytes)) or not isinstance(request_id, Iterable)
+            else list(request_id)
+        )
         if wrong := [one for one in ids if not isinstance(one, str)]:
             raise RequestError(f"request_id={wrong[0]!r}: give the request_id of an output, or a list of them")
         for one in ids:
@@ -437,7 +441,7 @@ class LLM:
             folder: a new or empty folder; it appears whole or not at all.
 
         Raises:
-            ConfigError: the folder exists and is not empty, or is no name of one.
+            ConfigError: the folder exists and is not empty, cannot be made, or is no name of one.
         """
         from llmapi._build.saved import save_engine
         from llmapi._runtime.options import full_path

@@ -82,6 +82,8 @@ def full_path(what: str, path: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: it can be no path.
     """
+    if not os.fspath(path):
+        raise ConfigError(f"{what} is an empty text: give the path of a folder")
     try:
         if "\0" not in os.fspath(path):
             return Path(path).expanduser()

@@ -80,8 +80,13 @@ class Service:
             bar: whether to draw a bar where there are several.
 
         Raises:
+            ConfigError: ``bar`` is neither True nor False.
+            EngineClosedError: after :meth:`close`.
             LLMAPIError: every request failed; the first one's reason.
         """
+        if not isinstance(bar, bool):
+            raise ConfigError(f"use_tqdm={bar!r}: give True or False")
+        self.loop.submit([])  # a closed loop says so before anything is said of a request
 
         def submit(requests: list[Request], listener: Listener) -> None:
             self._submit(requests, listener, streaming=False)
@@ -122,6 +127,7 @@ class Service:
         Raises:
             RequestError: the prompt cannot be served.
         """
+        self.loop.submit([])
         request = self.maker.make(prompt, params)
         stream = OutputStream(lambda: self.loop.abort(request.id))
         self._submit([request], stream.listen, streaming=True)
@@ -134,6 +140,7 @@ class Service:
             prompt: in any of its forms.
             params: how to decode.
         """
+        self.loop.submit([])
         try:
             request = self.maker.make(prompt, params)
         except LLMAPIError as error:

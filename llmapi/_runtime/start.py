@@ -244,7 +244,15 @@ def load_engine(prepared: Prepared, *, progress: bool) -> Engine:
 
             assert weights is not None
             with _progress.bar("load", 1, enabled=progress) as done:
-                engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config, kernels)
+                try:
+                    engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config, kernels)
+                except RuntimeError as error:
+                    if "allocate memory" not in str(error):
+                        raise
+                    raise ConfigError(
+                        f"this machine cannot give the memory that the KV cache ({prepared.config.kv_cache}) and the "
+                        "weights take: lower the max_tokens or memory_bytes of kv_cache_config"
+                    ) from error
                 done(1)
         phase.nbytes = 0 if weights is None else weights.nbytes
         phase.note = f"{engine.num_blocks} KV blocks of {prepared.config.block_size} tokens"
