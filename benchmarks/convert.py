@@ -168,7 +168,8 @@ def convert(folder: str, cache: str, dtype: str) -> dict[str, Any]:
     from llmapi._build.store import Store
     from llmapi._build.weights import tensor_specs
     from llmapi._digests import DigestMemory
-    from llmapi._runtime.start import ModelOptions, find_recipe
+    from llmapi._runtime.options import ModelOptions
+    from llmapi._runtime.start import find_recipe
     from llmapi.config import EngineOptions
 
     report = BuildReport(folder)

@@ -53,8 +53,11 @@ class BeamSearchParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if self.beam_width is None:
-            raise ConfigError("beam_width=None: give a whole number from 1 to 256")
+        width = self.beam_width
+        if isinstance(width, bool) or not isinstance(width, int):
+            raise ConfigError(f"beam_width={width!r}: give a whole number from 1 to 256")
+        if not 1 <= width <= 256:
+            raise ConfigError(f"beam_width={width} is out of range: give a whole number from 1 to 256")
         self.sampling_params()
 
     def sampling_params(self) -> SamplingParams:

@@ -55,6 +55,15 @@ class KvCacheConfig:
     memory_fraction: float | None = None
     dtype: str = "auto"
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> KvCacheConfig:
+        valid = [f.name for f in fields(cls)]
+        if args:
+            raise ConfigError(f"KvCacheConfig takes keyword arguments only, e.g. max_tokens=4096; got {args[0]!r}")
+        for name in kwargs:
+            if name not in valid:
+                raise ConfigError(unknown_name("KvCacheConfig argument", name, valid))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if self.block_size != "auto" and (type(self.block_size) is not int or self.block_size not in _BLOCK_SIZES):
             raise ConfigError(f"block_size={self.block_size!r}: give one of {', '.join(map(str, _BLOCK_SIZES))}")
@@ -78,11 +87,7 @@ class KvCacheConfig:
             return value
         if not isinstance(value, dict):
             raise ConfigError(f"kv_cache_config={value!r}: give a KvCacheConfig or a dict of its arguments")
-        valid = [f.name for f in fields(cls)]
-        for name in value:
-            if name not in valid:
-                raise ConfigError(unknown_name("KvCacheConfig argument", name, valid))
-        return cls(**value)
+        return cls(**{str(name): given for name, given in value.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +112,9 @@ class EngineOptions:
             raise ConfigError(unknown_name("dtype", self.dtype, ("auto", *DTYPES)))
         for name in ("max_seq_len", "max_batch_size", "max_num_tokens", "tensor_parallel_size"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is None and name[0] == "m":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r}: give a positive whole number" + " or None" * (name[0] == "m"))
         _check_share("gpu_memory_utilization", self.gpu_memory_utilization)
         if not isinstance(self.enable_prefix_caching, bool):
@@ -197,7 +204,7 @@ def resolve(options: EngineOptions, spec: TransformerSpec) -> EngineConfig:
     if max_num_tokens < max_batch_size:
         raise ConfigError(
             f"max_num_tokens={max_num_tokens} is less than max_batch_size={max_batch_size}: a step must have room "
-            "for one token of each sequence"
+            f"for one token of each sequence. Raise max_num_tokens to {max_batch_size}, or lower max_batch_size"
         )
     kv_dtype = dtype if options.kv_cache.dtype == "auto" else options.kv_cache.dtype
     if kv_dtype != dtype:

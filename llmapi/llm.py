@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, overload
 
 from llmapi._targets import parse_targets
-from llmapi.config import EngineOptions, KvCacheConfig
-from llmapi.errors import ConfigError, LLMAPIError, RequestError, unknown_name
+from llmapi.errors import ConfigError, RequestError, unknown_name
 from llmapi.outputs import Perplexity, RequestOutput, Score
 from llmapi.sampling import SamplingParams
 
@@ -24,9 +22,9 @@ if TYPE_CHECKING:
     from llmapi._runtime.results import RequestFuture
     from llmapi._tokenizer import Tokenizer
     from llmapi.beam_search import BeamSearchOutput, BeamSearchParams
+    from llmapi.config import KvCacheConfig
 
 Message = Mapping[str, Any]
-log = logging.getLogger("llmapi")
 
 
 class LLM:
@@ -100,88 +98,49 @@ class LLM:
         progress: bool = True,
         **unknown: Any,
     ) -> None:
-        if unknown:
-            valid = [n for n in LLM.__init__.__annotations__ if n not in ("unknown", "return")]
-            raise ConfigError(unknown_name("LLM argument", next(iter(unknown)), valid))
-        engine_options = EngineOptions(
-            backend=backend,
-            dtype=dtype,
-            max_seq_len=max_seq_len,
-            max_batch_size=max_batch_size,
-            max_num_tokens=max_num_tokens,
-            enable_prefix_caching=enable_prefix_caching,
-            gpu_memory_utilization=gpu_memory_utilization,
-            tensor_parallel_size=tensor_parallel_size,
-            kv_cache=KvCacheConfig.of(kv_cache_config),
-            target=target,
-        )
-        from llmapi._runtime.start import ModelOptions, load_engine, prepare
+        _check_names(unknown)
+        from llmapi._runtime.options import split_arguments
+        from llmapi._runtime.start import load_engine, prepare
 
-        options = ModelOptions(
-            model=str(model) if isinstance(model, PathLike) else model,
-            tokenizer=tokenizer,
-            tokenizer_mode=tokenizer_mode,
-            skip_tokenizer_init=skip_tokenizer_init,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            hf_token=hf_token,
-            load_format=load_format,
-            refresh=refresh,
-            cache_dir=cache_dir,
-            seed=seed,
-            progress=progress,
-        )
+        arguments: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "tokenizer_mode": tokenizer_mode,
+            "skip_tokenizer_init": skip_tokenizer_init,
+            "trust_remote_code": trust_remote_code,
+            "revision": revision,
+            "dtype": dtype,
+            "backend": backend,
+            "load_format": load_format,
+            "seed": seed,
+            "max_seq_len": max_seq_len,
+            "max_batch_size": max_batch_size,
+            "max_num_tokens": max_num_tokens,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "kv_cache_config": kv_cache_config,
+            "target": target,
+            "enable_prefix_caching": enable_prefix_caching,
+            "tensor_parallel_size": tensor_parallel_size,
+            "cache_dir": cache_dir,
+            "hf_token": hf_token,
+            "refresh": refresh,
+            "progress": progress,
+        }
+        options, engine_options = split_arguments(model, arguments)
         self.model = options.model
         if backend == "tensorrt":
             from llmapi._runtime.tensorrt_plan import refuse_ahead
 
             refuse_ahead(parse_targets(target))
-        prepared = prepare(options, engine_options)
+        self._prepared = prepare(options, engine_options)
         try:
-            engine = load_engine(prepared, progress=progress)
+            engine = load_engine(self._prepared, progress=progress)
+            from llmapi._runtime.service import Service
+
+            self._service = Service(self._prepared, engine, seed)
         except BaseException:
-            prepared.builder.close()
+            self._prepared.builder.close()
             raise
-        self._prepared = prepared
-        self._start_loop(engine, seed)
-
-    def _start_loop(self, engine: Any, seed: int | None) -> None:
-        from llmapi._runtime.blocks import BlockPool
-        from llmapi._runtime.grammar import Grammars
-        from llmapi._runtime.inputs import RequestMaker
-        from llmapi._runtime.loop import EngineLoop
-        from llmapi._runtime.scheduler import Scheduler
-
-        prepared, config = self._prepared, self._prepared.config
-        pool = BlockPool(
-            engine.num_blocks,
-            config.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-            compact=config.backend == "tensorrt" and config.block_size == config.max_seq_len,
-        )
-        scheduler = Scheduler(
-            pool,
-            max_num_tokens=config.max_num_tokens,
-            max_batch_size=config.max_batch_size,
-            max_seq_len=config.max_seq_len,
-        )
-        sampler = engine.sampler(prepared.tokenizer)
-        self._loop = EngineLoop(engine, scheduler, sampler)
-        ends = frozenset(prepared.stop_token_ids)
-        grammars = Grammars(prepared.tokenizer, prepared.spec.vocab_size, ends)
-        self._maker = RequestMaker(
-            tokenizer=prepared.tokenizer,
-            vocab_size=prepared.spec.vocab_size,
-            max_seq_len=config.max_seq_len,
-            capacity_tokens=engine.num_blocks * config.block_size,
-            end_token_ids=ends,
-            seed=seed,
-            grammars=grammars,
-            block_size=config.block_size,
-            max_batch_size=config.max_batch_size,
-        )
-        # The loop knows nothing of this object: dropping the last reference to it, or leaving Python, closes the loop.
-        self._closer = weakref.finalize(self, _close, grammars, self._loop, prepared.builder)
+        self._loop, self._maker = self._service.loop, self._service.maker
 
     # ---- generating
 
@@ -225,7 +184,8 @@ class LLM:
 
         items, single = listed(prompts)
         params = pair_params(len(items), sampling_params, SamplingParams())
-        outputs = self._run([self._maker_for(p, s) for p, s in zip(items, params, strict=True)], items, use_tqdm)
+        makers = [partial(self._maker.make, prompt, own) for prompt, own in zip(items, params, strict=True)]
+        outputs = self._service.run(makers, items, use_tqdm)
         return outputs[0] if single else outputs
 
     def beam_search(
@@ -280,17 +240,17 @@ class LLM:
         Raises:
             RequestError: the model has no chat template, or a message is malformed.
         """
-        from llmapi._runtime.inputs import pair_params
+        from llmapi._runtime.inputs import conversations, pair_params
 
         tokenizer = self._need_tokenizer("chat()")
-        single = not isinstance(messages, (list, tuple)) or not messages or isinstance(messages[0], Mapping)
-        talks: list[Any] = [messages] if single else list(messages)
+        talks, single = conversations(messages)
         params = pair_params(len(talks), sampling_params, SamplingParams())
 
-        def maker(talk: Any, own: SamplingParams) -> Callable[[], Request]:
-            return lambda: self._maker.make(tokenizer.apply_chat_template(talk, **template), own)
+        def make(talk: Any, own: SamplingParams) -> Request:
+            return self._maker.make(tokenizer.apply_chat_template(talk, **template), own)
 
-        outputs = self._run([maker(t, p) for t, p in zip(talks, params, strict=True)], talks, use_tqdm)
+        makers = [partial(make, talk, own) for talk, own in zip(talks, params, strict=True)]
+        outputs = self._service.run(makers, talks, use_tqdm)
         return outputs[0] if single else outputs
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
@@ -309,13 +269,9 @@ class LLM:
             ...     print(output.text[-20:])
         """
         from llmapi._runtime.inputs import pair_params
-        from llmapi._runtime.results import OutputStream
 
         [params] = pair_params(1, sampling_params, SamplingParams())
-        request = self._maker.make(prompt, params)
-        stream = OutputStream(lambda: self._loop.abort(request.id))
-        self._submit([request], stream.listen, streaming=True)
-        return stream
+        return self._service.stream(prompt, params)
 
     def generate_async(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> RequestFuture:
         """Start a request and return at once.
@@ -331,19 +287,9 @@ class LLM:
             >>> output = await llm.generate_async("Hello")  # doctest: +SKIP
         """
         from llmapi._runtime.inputs import pair_params
-        from llmapi._runtime.results import RequestFuture
 
         [params] = pair_params(1, sampling_params, SamplingParams())
-        try:
-            request = self._maker.make(prompt, params)
-        except LLMAPIError as error:
-            future = RequestFuture(None, lambda: None)
-            future.refuse(error)
-            return future
-        loop = self._loop
-        future = RequestFuture(request.id, lambda: loop.abort(request.id))
-        self._submit([request], future.listen, streaming=True)
-        return future
+        return self._service.start(prompt, params)
 
     async def astream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -367,7 +313,11 @@ class LLM:
         Raises:
             RequestError: not the type of an id.
         """
-        ids = [request_id] if isinstance(request_id, str) or not isinstance(request_id, Iterable) else list(request_id)
+        ids = (
+            [request_id]
+            if isinstance(request_id, (str, bytes)) or not isinstance(request_id, Iterable)
+            else list(request_id)
+        )
         if wrong := [one for one in ids if not isinstance(one, str)]:
             raise RequestError(f"request_id={wrong[0]!r}: give the request_id of an output, or a list of them")
         for one in ids:
@@ -404,7 +354,7 @@ class LLM:
         """
         from llmapi._runtime.scoring import Scorer
 
-        return Scorer(self._maker).score(prompts, continuations, truncate, self._probe, use_tqdm)
+        return Scorer(self._maker).score(prompts, continuations, truncate, self._service.probe, use_tqdm)
 
     def perplexity(
         self, texts: Any, *, max_length: int | None = None, stride: int | None = None, use_tqdm: bool = True
@@ -430,7 +380,7 @@ class LLM:
         """
         from llmapi._runtime.scoring import Scorer
 
-        return Scorer(self._maker).perplexity(texts, max_length, stride, self._probe, use_tqdm)
+        return Scorer(self._maker).perplexity(texts, max_length, stride, self._service.probe, use_tqdm)
 
     def embed(
         self, texts: Any, pooling: str = "last", *, normalize: bool = True, use_tqdm: bool = True
@@ -452,7 +402,7 @@ class LLM:
         """
         from llmapi._runtime.embedding import embed
 
-        return embed(self._maker, texts, pooling, normalize, self._probe, use_tqdm)
+        return embed(self._maker, texts, pooling, normalize, self._service.probe, use_tqdm)
 
     def encode(self, texts: Any, *, use_tqdm: bool = True) -> torch.Tensor | list[torch.Tensor]:
         """Final hidden states of every token, after the last norm.
@@ -470,21 +420,7 @@ class LLM:
         """
         from llmapi._runtime.embedding import encode
 
-        return encode(self._maker, texts, self._probe, use_tqdm)
-
-    def _probe(self, requests: list[Request], use_tqdm: bool) -> None:
-        """Run requests that have probes; raise what the first that failed failed of."""
-        if self._prepared.config.backend == "tensorrt" and any(
-            r.probe is not None and r.probe.hidden for r in requests
-        ):
-            from llmapi._runtime.engine_tensorrt import NO_HIDDEN_STATES
-
-            raise ConfigError(NO_HIDDEN_STATES)
-        if requests:
-            makers = [lambda request=request: request for request in requests]
-            for output in self._run(makers, requests, use_tqdm):  # type: ignore[arg-type]
-                if output.error is not None:
-                    raise output.error
+        return encode(self._maker, texts, self._service.probe, use_tqdm)
 
     # ---- the rest
 
@@ -505,10 +441,10 @@ class LLM:
             folder: a new or empty folder; it appears whole or not at all.
 
         Raises:
-            ConfigError: the folder exists and is not empty, or is no name of one.
+            ConfigError: the folder exists and is not empty, cannot be made, or is no name of one.
         """
         from llmapi._build.saved import save_engine
-        from llmapi._runtime.start import full_path
+        from llmapi._runtime.options import full_path
 
         if not isinstance(folder, (str, PathLike)):
             raise ConfigError(f"folder={folder!r}: give the name of a new folder")
@@ -543,20 +479,17 @@ class LLM:
         Raises:
             LLMAPIError: as the constructor; BuildError where TensorRT cannot build the model.
         """
-        from llmapi._runtime.explain import split_arguments
+        _check_names(arguments)
+        from llmapi._runtime.options import split_arguments
         from llmapi._runtime.start import prepare
 
-        valid = [n for n in cls.__init__.__annotations__ if n not in ("unknown", "return", "model")]
-        for name in arguments:
-            if name not in valid:
-                raise ConfigError(unknown_name("LLM argument", name, valid))
-        prepared = prepare(*split_arguments(str(model) if isinstance(model, PathLike) else model, arguments))
+        prepared = prepare(*split_arguments(model, arguments))
         prepared.builder.close()
         return prepared.report
 
     def close(self) -> None:
         """Abort what runs and give back all memory. Closing twice is closing once."""
-        self._closer()
+        self._service.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -566,7 +499,7 @@ class LLM:
 
     def __repr__(self) -> str:
         c = self._prepared.config
-        state = "" if self._closer.alive else ", closed"
+        state = ", closed" if self._service.closed else ""
         return f"LLM({self.model!r}, backend={c.backend!r}, dtype={c.dtype!r}, max_seq_len={c.max_seq_len}{state})"
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
@@ -574,23 +507,10 @@ class LLM:
             raise RequestError(f"{what} needs a tokenizer: make the LLM without skip_tokenizer_init, or name one")
         return self._prepared.tokenizer
 
-    def _maker_for(self, prompt: Any, params: SamplingParams) -> Callable[[], Request]:
-        return lambda: self._maker.make(prompt, params)
 
-    def _submit(self, requests: list[Request], listener: Callable[[RequestOutput], None], *, streaming: bool) -> None:
-        from llmapi._runtime.job import Job
-
-        self._loop.submit([Job(request, self._prepared.tokenizer, listener, streaming) for request in requests])
-
-    def _run(self, makers: list[Callable[[], Request]], prompts: list[Any], use_tqdm: bool) -> list[RequestOutput]:
-        from llmapi._runtime.gather import gather
-
-        def submit(requests: list[Request], listener: Callable[[RequestOutput], None]) -> None:
-            self._submit(requests, listener, streaming=False)
-
-        return gather(makers, prompts, submit, self.abort, progress=use_tqdm and len(makers) > 1)
-
-
-def _close(*owned: Any) -> None:
-    for one in owned:
-        one.close()
+def _check_names(arguments: Iterable[str]) -> None:
+    """Refuse the first name that is no argument of LLM."""
+    valid = [name for name in LLM.__init__.__annotations__ if name not in ("unknown", "return")]
+    for name in arguments:
+        if name not in valid:
+            raise ConfigError(unknown_name("LLM argument", name, valid))

@@ -23,6 +23,9 @@ EarlyStopping = bool | Literal["never"]
 _MAX_LOGPROBS = 1024
 _MAX_N = 1024
 _MAX_BEAMS = 256
+_SWITCHES = (
+    "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "detokenize",
+)  # fmt: skip
 _MAX_LENGTH_PENALTY = 32.0  # 2**17 tokens to this power are near the largest float
 
 
@@ -130,6 +133,9 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         self._whole("n", 1, _MAX_N)
         self._real("temperature", 0.0, math.inf)
         self._whole("top_k", -1)
@@ -280,7 +286,7 @@ class SamplingParams:
     def _strings(name: str, values: object) -> tuple[str, ...]:
         if values is None:
             return ()
-        if isinstance(values, str) or not isinstance(values, Sequence):
+        if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Sequence):
             raise ConfigError(f"{name}={values!r}: give a list of texts")
         for value in values:
             if not isinstance(value, str) or not value:

@@ -9,14 +9,13 @@ beams' scores, and topk over each request's beams. Tokens are compared with torc
 
 from __future__ import annotations
 
-import argparse
-import time
 from functools import partial
 
 import numpy as np
 import torch
 
-from benchmarks.kernels.sample import logits_like_a_models, replay_time
+from benchmarks.kernels.harness import READ_RATE, replay_time, sizes_parser, start
+from benchmarks.kernels.sample import logits_like_a_models
 from llmapi._kernels.beam_cuda import BeamKernels, Candidates, reorder_tables, settings
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.step_cuda import copy_blocks
@@ -63,7 +62,7 @@ def bench(gpu: Gpu, dtype: torch.dtype, sizes: list[tuple[int, int, int, int]], 
         off = float((out.scores - values).abs().max())
         assert off < 1e-4 and not out.reasons.any(), f"scores are off by {off}"
         ours = replay_time([partial(kernels, x, scores, rows, queue, out) for x in inputs])
-        limit = bytes_ / 4.5e12 + 4e-6
+        limit = bytes_ / READ_RATE + 4e-6
         line = f"{requests:4d} x {beams:3d} beams, {k:4d} of {vocab:6d}"
         line += f"  limit {limit * 1e6:6.1f}  ours {ours * 1e6:8.1f} us"
         if (requests, beams, k, vocab) in AIMS:
@@ -112,14 +111,8 @@ def bench_reorder(gpu: Gpu, requests: int, beams: int, width: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--few", action="store_true", help="only sizes that have an aim")
-    parser.add_argument("--alone", action="store_true", help="without torch's times")
-    args = parser.parse_args()
-    torch.manual_seed(time.time_ns() % 1000)
-    gpu = Gpu(torch.device("cuda"))
-    dtype = getattr(torch, args.dtype)
+    args = sizes_parser(__doc__, "only sizes that have an aim").parse_args()
+    gpu, dtype = start(args)
     bench(gpu, dtype, [s for s in SIZES if s in AIMS] if args.few else SIZES, not args.alone)
     bench_ties(gpu, dtype)
     for requests, beams, width in ((64, 4, 256), (1, 256, 256), (256, 4, 64)):

@@ -9,8 +9,6 @@ replays. Operations are counted as 4 * H * D for every query and key of which th
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from benchmarks.kernels.harness import replay_time
 from llmapi._kernels import context_attention_cuda
 from llmapi._kernels.context_attention_cuda import ContextAttention
 from llmapi._kernels.gpu import Gpu
@@ -95,27 +94,6 @@ class Inputs:
         return (q, *kv)
 
 
-def median_time(calls: list[Callable[[], Any]], repeats: int) -> float:
-    """Seconds of one call."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3 / len(calls))
-    return statistics.median(times)
-
-
 def sdpa(case: Case, backend: SDPBackend, dense: tuple[torch.Tensor, ...]) -> torch.Tensor:
     causal = case.new == case.total
     with sdpa_kernel([backend]):
@@ -142,7 +120,7 @@ def measure(gpu: Gpu, name: str, case: Case, tiles: list[tuple[int, int, int, in
         try:
             result = sdpa(case, backend, dense[0])
             expected = result if expected is None else expected
-            time = median_time(
+            time = replay_time(
                 [lambda i=i, b=backend: sdpa(case, b, dense[i % sets]) for i in range(per_graph)], repeats
             )
             rows.append((label, time, 0.0))
@@ -196,10 +174,10 @@ def measure(gpu: Gpu, name: str, case: Case, tiles: list[tuple[int, int, int, in
         if expected is not None:
             own = inputs[0].out.view(case.batch, case.new, case.heads, case.head_dim).transpose(1, 2)
             error = relative_error(own, expected)
-        rows.append((label, median_time([lambda i=i: call(i) for i in range(per_graph)], repeats), error))  # type: ignore[misc]
+        rows.append((label, replay_time([lambda i=i: call(i) for i in range(per_graph)], repeats), error))  # type: ignore[misc]
         if label == "own":
             steps = [lambda a=attention: a.plan(lengths, starts, counts)] * 20
-            print(f"{name}: plan {median_time(steps, 5) * 1e6:.2f} us")
+            print(f"{name}: plan {replay_time(steps, 5) * 1e6:.2f} us")
     context_attention_cuda._HOPPER[case.head_dim] = default
     for label, time, error in rows:
         print(

@@ -1,6 +1,6 @@
 """Times of the decode attention kernel on this machine's GPU, next to torch's attention over contiguous keys.
 
-    python3 benchmarks/kernels/decode_attention.py [--sweep] [--cases NAMES] [--json FILE]
+    PYTHONPATH=. python3 benchmarks/kernels/decode_attention.py [--sweep] [--cases NAMES] [--json FILE]
 
 Every time is a launch's share of a CUDA graph of many launches, over disjoint parts of a cache larger than the L2,
 median of the replays. Rates count keys and values once: bytes = 4 * kv_heads * head_dim * tokens in bfloat16.
@@ -9,27 +9,26 @@ median of the replays. Rates count keys and values once: bytes = 4 * kv_heads * 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import multiprocessing
 import os
-import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.kernels.harness import READ_RATE, replay_time
 from llmapi._kernels.decode_attention_cuda import DecodeAttention, Form, default_forms, fit, unit
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.nvrtc import compile_unit
 from llmapi._kernels.op import relative_error
 from llmapi._kernels.paged_attention import paged_attention
 
-READ_RATE = 4.5e12  # bytes/s that an H200 reaches on large reads
 BLOCK_SIZE = 16
 POOL = 4 * 8960 * 65536  # bytes of keys and values: 2.3 GB
 HEAD_DIM = 128
@@ -125,22 +124,9 @@ class Setting:
         return call
 
 
-def seconds(call: Callable[[int], None], launches: int, replays: int) -> float:
-    """Median time of one launch."""
-    call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            call(i)
-    graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        graph.replay()
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / launches * 1e-3
+def microseconds(call: Callable[[int], None], launches: int, replays: int) -> float:
+    """Of one launch, among others that take turns with the sets of blocks."""
+    return 1e6 * replay_time([partial(call, i) for i in range(launches)], replays, queued=True)
 
 
 def main() -> None:
@@ -186,10 +172,10 @@ def main() -> None:
             setting.out.fill_(float("nan"))
             setting.call(attention, 0)
             row["error"][label] = setting.error()
-            row["us"][label] = 1e6 * seconds(lambda i, a=attention, s=setting: s.call(a, i), launches, 9)
+            row["us"][label] = microseconds(partial(setting.call, attention), launches, 9)
         if len(set(lengths)) == 1:
             try:
-                row["us"]["torch"] = 1e6 * seconds(setting.torch_call(pool), min(launches, 20), 5)
+                row["us"]["torch"] = microseconds(setting.torch_call(pool), min(launches, 20), 5)
             except RuntimeError as error:
                 print(f"{name}: torch's attention failed: {str(error).splitlines()[0]}")
         results.append(row)

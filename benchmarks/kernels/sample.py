@@ -9,7 +9,6 @@ another token than the CPU's sampler does.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.kernels.harness import READ_RATE, replay_time, sizes_parser, start
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.sample_cuda import SampleKernels
 from llmapi._runtime.philox import uniforms
@@ -66,27 +66,6 @@ def make_rows(n: int, params: SamplingParams) -> list[SampleRow]:
     return out
 
 
-def replay_time(launches: list[Any], repeats: int = 5) -> float:
-    """Seconds of one launch: the median over replays of a graph of all of them."""
-    for launch in launches[:2]:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(launches))
-    return statistics.median(times)
-
-
 def torchs_way(x: torch.Tensor, kind: dict[str, Any]) -> torch.Tensor:
     """What one writes with torch: a full sort, its cumulative sum, a multinomial draw."""
     if kind.get("temperature") == 0:
@@ -125,7 +104,7 @@ def bench(gpu: Gpu, dtype: torch.dtype, sizes: list[tuple[int, int]], beside: bo
         kernels = SampleKernels(gpu, vocab_size=vocab, max_rows=n, logits_dtype=dtype)
         sampler = CudaSampler(gpu, vocab, max_rows=n, logits_dtype=dtype)
         ids = torch.empty(n, dtype=torch.int32, device="cuda")
-        limit = bytes_ / 4.5e12 + 2e-6
+        limit = bytes_ / READ_RATE + 2e-6
         print(f"N {n:5d}  V {vocab:6d}  limit {limit * 1e6:6.1f} us")
         for name, kind in KINDS.items():
             rows = make_rows(n, SamplingParams(**kind))
@@ -198,20 +177,16 @@ def flips(gpu: Gpu, total: int, vocab: int = 32_000) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = sizes_parser(__doc__, "N 1 and 256 only")
     parser.add_argument("--flips", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--few", action="store_true", help="N 1 and 256 only")
-    parser.add_argument("--alone", action="store_true", help="without torch's times")
     args = parser.parse_args()
-    torch.manual_seed(time.time_ns() % 1000)
-    gpu = Gpu(torch.device("cuda"))
+    gpu, dtype = start(args)
     sizes = [s for s in SIZES if s[0] in (1, 256)] if args.few else SIZES
     if args.flips:
         flips(gpu, args.flips)
     for n in (1, 256, 1024):
         host_time(gpu, n, 32_000)
-    bench(gpu, getattr(torch, args.dtype), sizes, not args.alone)
+    bench(gpu, dtype, sizes, not args.alone)
 
 
 if __name__ == "__main__":

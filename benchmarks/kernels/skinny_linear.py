@@ -1,6 +1,6 @@
 """Skinny products beside torch's (cuBLAS): each shape alone, and a decode step's chain of products.
 
-    python benchmarks/kernels/skinny_linear.py [--rows 1 8 16 32 64] [--shapes NAME ...] [--every]
+    PYTHONPATH=. python3 benchmarks/kernels/skinny_linear.py [--rows 1 8 16 32 64] [--shapes NAME ...] [--every]
 
 Alone: one shape over rotating weights of more than 600 MB; torch, the kernel's default variant and its best one. The
 chain runs the four products of a Llama-2-7B layer for 16 layers with different weights (6.5 GB), each reading what the
@@ -11,19 +11,17 @@ the weights only, in percent of 4.5 TB/s, the rate at which an H200 was seen to 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from benchmarks.kernels.harness import READ_RATE, replay_time
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.nvrtc import Unit, compile_unit
 from llmapi._kernels.op import relative_error
 from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
 from llmapi._kernels.skinny_linear_layout import BUCKETS, GATES, Variant
 
-READ_RATE = 4.5e12
 LAYERS = 16
 SHAPES = {  # N, K
     "7B qkv": (12288, 4096),
@@ -37,25 +35,6 @@ SHAPES = {  # N, K
     "8B head": (128256, 4096),
 }
 LAYER = [SHAPES[name] for name in ("7B qkv", "7B out", "7B gate/up", "7B down")]
-
-
-def seconds(run: Callable[[], None], replays: int = 9) -> float:
-    """Median time of a CUDA graph of ``run``."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return statistics.median(times)
 
 
 def weight(n: int, k: int) -> torch.Tensor:
@@ -85,7 +64,7 @@ def chain(
             torch.mm(attended, w[2].T, out=gate_up)
             torch.mm(inner, w[3].T, out=h)
 
-    return seconds(ours if product else theirs)
+    return replay_time([ours if product else theirs], 9)
 
 
 def alone(rows: int, weights: list[torch.Tensor], product: SkinnyLinear | None, variant: int | None) -> float:
@@ -101,7 +80,7 @@ def alone(rows: int, weights: list[torch.Tensor], product: SkinnyLinear | None, 
             else:
                 torch.mm(x, w.T, out=out)
 
-    return seconds(run) / (len(weights) * times)
+    return replay_time([run], 9) / (len(weights) * times)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import importlib.metadata
 from llmapi._build.artifact_keys import sources
 from llmapi._build.key import Key, Part, canonical, schema_part, toolchain_parts
 from llmapi._build.names import CUBIN_FILE
-from llmapi._build.store import Staging, Store
+from llmapi._build.store import Manifest, Staging, Store
 from llmapi._kernels import nvrtc
 from llmapi._kernels.nvrtc import Unit
 
@@ -26,6 +26,20 @@ def kernel_key(unit: Unit, arch: str) -> Key:
         arch: such as ``"sm_90a"``.
     """
     return Key([schema_part(), *(Part(name, value) for name, value in nvrtc.key_parts(unit, arch).items())])
+
+
+def renewed_key(manifest: Manifest) -> Key | None:
+    """The key that the unit of a stored kernel has now; None where its source is no longer part of the package.
+
+    Args:
+        manifest: of the entry. Its label begins with the source's name.
+    """
+    source = manifest.label.partition(" ")[0]
+    if not (nvrtc.CSRC / source).is_file():
+        return None
+    made = {part.name: part.value for part in manifest.key.parts}
+    parts = {**nvrtc.key_parts(Unit(source), made["target"]), "defines": made["defines"]}
+    return Key([schema_part(), *(Part(name, value) for name, value in parts.items())])
 
 
 def tuning_key(gpu: str, arch: str, dtype: str, cases: list[str]) -> Key:

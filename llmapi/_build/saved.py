@@ -135,13 +135,18 @@ def save_engine(
         tokenizer: written beside them; None for none.
 
     Raises:
-        ConfigError: the folder exists and is not empty.
+        ConfigError: the folder exists and is not empty, or cannot be made.
     """
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder: give a new one")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be made ({error.strerror}: {error.filename}): give a folder in a place you may write"
+        ) from error
     try:
         (staging / "weights").mkdir()
         shutil.copyfile(weights / WEIGHTS_FILE, staging / "weights" / WEIGHTS_FILE)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from llmapi._cli import machine, values
-from llmapi._cli.options import add_engine, engine_arguments
+from llmapi._cli.options import add_model_verb, engine_arguments
 from llmapi._cli.parser import Parser, Verbs
 from llmapi._cli.text import columns
 from llmapi.errors import ConfigError
@@ -41,13 +41,13 @@ class Row:
 
 def add(verbs: Verbs) -> list[Parser]:
     """Declare the verb."""
-    parser = verbs.add_parser(
+    parser = add_model_verb(
+        verbs,
         "bench",
-        usage="llmapi bench [options] MODEL",
+        run,
         help="measure a model on this machine",
         description="Measure first token, time per token and throughput, with random prompts of equal length.",
     )
-    add_engine(parser)
     group = parser.add_argument_group("measurement")
     group.add_argument(
         "--batch-sizes", type=values.positives, default=[1, 4, 16], metavar="N,N", help="prompts at once (1,4,16)"
@@ -55,7 +55,6 @@ def add(verbs: Verbs) -> list[Parser]:
     group.add_argument("--input-len", type=values.positive, default=128, metavar="N", help="tokens a prompt (128)")
     group.add_argument("--output-len", type=values.positive, default=32, metavar="N", help="tokens an answer (32)")
     group.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
     return [parser]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from llmapi._cli.options import add_engine, engine_arguments
+from llmapi._cli.options import add_model_verb, engine_arguments
 from llmapi._cli.parser import Parser, Verbs
 from llmapi.errors import ConfigError
 
@@ -15,17 +15,16 @@ if TYPE_CHECKING:
 
 def add(verbs: Verbs) -> list[Parser]:
     """Declare the verb."""
-    parser = verbs.add_parser(
+    parser = add_model_verb(
+        verbs,
         "build",
-        usage="llmapi build [options] MODEL",
+        run,
         help="build an engine into the cache, or save one to a folder",
         description="Fetch, convert and build a model, so that the next start finds everything in the cache.",
     )
-    add_engine(parser)
     parser.add_argument(
         "--output", metavar="FOLDER", help="also save a self-contained engine there: LLM(FOLDER) needs nothing else"
     )
-    parser.set_defaults(run=run)
     return [parser]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import platform
 import shutil
@@ -11,23 +10,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from llmapi._cli import machine
+from llmapi._cli import installed, machine
+from llmapi._cli.check import Check
 from llmapi.errors import CacheError, ConfigError
-
-REQUIRED = {
-    "torch": "2.11",
-    "transformers": "5.10",
-    "huggingface-hub": "1.0",
-    "safetensors": "0.5",
-    "platformdirs": "4",
-    "tqdm": "4.66",
-    "filelock": "3.16",
-    "numpy": "2",
-}
-"""Packages without which nothing runs, and their oldest versions, as in pyproject.toml."""
 
 _LEAST_CACHE = 1_000_000_000
 _LATER = "the cpu backend does not need it"
@@ -37,25 +24,6 @@ mpi4py.rc.initialize = False
 from mpi4py import MPI
 print(MPI.Get_library_version().splitlines()[0].strip("\\0 "))
 """
-
-
-@dataclass(frozen=True)
-class Check:
-    """What was found.
-
-    Attributes:
-        name: of the thing.
-        ok: whether it is as it should be.
-        found: what it is, or why not.
-        remedy: what to do where it is not ok; empty where nothing can be done.
-        needed: whether nothing runs without it.
-    """
-
-    name: str
-    ok: bool
-    found: str
-    remedy: str = ""
-    needed: bool = False
 
 
 def groups(root: Path, *, network: bool) -> list[tuple[str, Callable[[], Iterable[Check]]]]:
@@ -93,13 +61,13 @@ def system() -> list[Check]:
 
 def packages() -> list[Check]:
     """What is installed beside llmapi."""
-    found = [_required(name, oldest) for name, oldest in REQUIRED.items()]
+    found = [installed.required(name, oldest) for name, oldest in installed.REQUIRED.items()]
     if found[0].ok:
         found[0] = _torch(found[0])
     found += [
         _compiler(),
-        _optional("GGUF files", ("gguf", "sentencepiece"), "pip install 'llmapi[gguf]'"),
-        _optional("notebook bars", ("ipywidgets", "ipykernel"), "pip install ipywidgets ipykernel"),
+        installed.optional("GGUF files", ("gguf", "sentencepiece"), "pip install 'llmapi[gguf]'"),
+        installed.optional("notebook bars", ("ipywidgets", "ipykernel"), "pip install ipywidgets ipykernel"),
         _mpi(),
     ]
     return found
@@ -120,11 +88,13 @@ def gpus() -> list[Check]:
     cuda = _torch_sees_cuda()
     found.append(Check("torch with CUDA", cuda is None, cuda or "works", f"install a CUDA build of torch; {_LATER}"))
     later = f"pip install 'llmapi[cuda]'; {_LATER}"
-    found.append(_optional("CUDA for Python", ("cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"), later))
+    found.append(
+        installed.optional("CUDA for Python", ("cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"), later)
+    )
     found.append(_nvrtc(later))
     for name, module, extra in (("TensorRT", "tensorrt", "tensorrt"), ("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx")):
         here = importlib.util.find_spec(module) is not None
-        what = _module_version(module) if here else "not installed"
+        what = installed.module_version(module) if here else "not installed"
         remedy = f"pip install 'llmapi[{extra}]'; {_LATER}"
         found.append(Check(name, here, what, remedy))
     return found
@@ -209,26 +179,6 @@ def _tensorrt() -> Check:
     return Check("tensorrt", False, f"{builds}, and runs none: {problem}", _LATER)
 
 
-def _required(name: str, oldest: str) -> Check:
-    version = _version(name)
-    remedy = f"pip install '{name}>={oldest}'"
-    if version is None:
-        return Check(name, False, "not installed", remedy, needed=True)
-    if _numbers(version) < _numbers(oldest):
-        return Check(name, False, f"{version} is older than {oldest}", remedy, needed=True)
-    return Check(name, True, version, needed=True)
-
-
-def _optional(name: str, parts: tuple[str, ...], remedy: str) -> Check:
-    versions = {part: _version(part) for part in parts}
-    missing = [part for part, version in versions.items() if version is None]
-    here = ", ".join(f"{part} {version}" for part, version in versions.items() if version is not None)
-    if missing:
-        without = f"without {' and '.join(missing)}"
-        return Check(name, False, f"{here}, {without}" if here else without, remedy)
-    return Check(name, True, here)
-
-
 def _compiler() -> Check:
     """Whether the CPU kernels can be compiled; nothing is compiled here."""
     from llmapi import _env
@@ -271,7 +221,7 @@ def _torch_sees_cuda() -> str | None:
 
 def _mpi() -> Check:
     """Whether mpi4py finds an MPI library; in a process of its own, for some libraries end the one that loads them."""
-    if _version("mpi4py") is None:
+    if installed.version_of("mpi4py") is None:
         return Check("MPI", False, "mpi4py is not installed", f"pip install mpi4py; {_LATER}")
     remedy = f"install an MPI library, such as Open MPI or MPICH; {_LATER}"
     try:
@@ -281,8 +231,8 @@ def _mpi() -> Check:
     except (OSError, subprocess.TimeoutExpired) as error:
         return Check("MPI", False, f"mpi4py cannot be tried ({type(error).__name__})", remedy)
     if done.returncode:
-        return Check("MPI", False, f"mpi4py {_version('mpi4py')} finds no MPI library it can load", remedy)
-    return Check("MPI", True, f"mpi4py {_version('mpi4py')}, {done.stdout.strip()}")
+        return Check("MPI", False, f"mpi4py {installed.version_of('mpi4py')} finds no MPI library it can load", remedy)
+    return Check("MPI", True, f"mpi4py {installed.version_of('mpi4py')}, {done.stdout.strip()}")
 
 
 def _nvrtc(remedy: str) -> Check:
@@ -303,32 +253,6 @@ def _reach(endpoint: str) -> str | None:
     except Exception as error:  # of whichever HTTP library is under it
         return f"cannot be reached ({type(error).__name__})"
     return f"answers with status {status}" if status >= 500 else None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _module_version(module: str) -> str:
-    names = importlib.metadata.packages_distributions().get(module, [])
-    return next((f"{name} {_version(name)}" for name in names), "installed")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: enough to compare releases.
-
-    >>> _numbers("2.11.0+cpu") < _numbers("2.9"), _numbers("5.10.0.dev0") < _numbers("5.10")
-    (False, False)
-    """
-    found = []
-    for part in version.partition("+")[0].split("."):
-        if not part.isdecimal():
-            break
-        found.append(int(part))
-    return tuple(found)
 
 
 def _size(size: int) -> str:

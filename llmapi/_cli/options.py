@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ class Option:
 
 _SWITCH: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
 _WHOLE: dict[str, Any] = {"type": values.whole, "metavar": "N"}
+_WHOLE_OR_NONE: dict[str, Any] = {"type": values.whole_or_none, "metavar": "N"}
 _NUMBER: dict[str, Any] = {"type": values.number, "metavar": "X"}
 _TEXTS: dict[str, Any] = {"action": "append", "metavar": "TEXT"}
 
@@ -52,10 +54,7 @@ SAMPLING = (
     Option("skip_special_tokens", "leave special tokens out of the text (yes)", _SWITCH),
     Option("spaces_between_special_tokens", "put spaces between special tokens (yes)", _SWITCH),
     Option("min_tokens", "no end before this many tokens (0)", _WHOLE),
-    Option(
-        "max_tokens", "stop after this many tokens; 'none' goes on to max_seq_len",
-        {"type": values.whole_or_none, "metavar": "N"},
-    ),
+    Option("max_tokens", "stop after this many tokens; 'none' goes on to max_seq_len", _WHOLE_OR_NONE),
     Option("logprobs", "log probabilities of N tokens at each position, in --json", _WHOLE),
     Option("prompt_logprobs", "likewise for the prompt, in --json", _WHOLE),
     Option("best_of", "sample N sequences and give the n most probable ones", _WHOLE),
@@ -95,8 +94,8 @@ ENGINE = (
     Option("gpu_memory_utilization", "share of the GPU's memory to use (0.9)", _NUMBER),
     Option("tensor_parallel_size", "devices to spread the model over (1)", _WHOLE),
     Option(
-        "seed", "seed of requests that have none, and of dummy weights; 'none' draws one (0)",
-        {"type": values.whole_or_none, "metavar": "N"}, "engine-seed",
+        "seed", "seed of requests that have none, and of dummy weights; 'none' draws one (0)", _WHOLE_OR_NONE,
+        "engine-seed",
     ),
     Option("cache_dir", "root of the build cache (LLMAPI_CACHE_DIR, or the user cache folder)", {"metavar": "FOLDER"}),
     Option("progress", "draw progress bars (where stderr is a terminal)", _SWITCH),
@@ -130,6 +129,21 @@ def add_engine(parser: Parser) -> None:
     group = parser.add_argument_group("model and engine")
     _add(group, "engine", ENGINE)
     _add(group, "kv", KV_CACHE, "kv-")
+
+
+def add_model_verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], **words: str) -> Parser:
+    """Add a verb that takes one model and the options of LLM.
+
+    Args:
+        verbs: where to.
+        name: as it is typed after ``llmapi``, ``cache why`` say.
+        run: does it.
+        words: ``help`` and ``description``.
+    """
+    parser: Parser = verbs.add_parser(name.split()[-1], usage=f"llmapi {name} [options] MODEL", **words)
+    add_engine(parser)
+    parser.set_defaults(run=run)
+    return parser
 
 
 def add_cache_dir(parser: Parser) -> None:

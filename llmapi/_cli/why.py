@@ -6,26 +6,24 @@ import time
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from llmapi._cli.options import add_engine, engine_arguments
+from llmapi._cli.options import add_model_verb, engine_arguments
 from llmapi._cli.parser import Parser, Verbs
 from llmapi._cli.text import age_text, model_text
 
 if TYPE_CHECKING:
-    from llmapi._runtime.explain import Finding
+    from llmapi._runtime.finding import Finding
 
 
 def add(verbs: Verbs) -> Parser:
     """Declare the verb."""
-    parser = verbs.add_parser(
-        "why",
-        usage="llmapi cache why [options] MODEL",
+    return add_model_verb(
+        verbs,
+        "cache why",
+        run,
         help="say whether a start would find everything, and what differs where not",
         description="Say, for each artifact of a model, whether a start with these options would find it in the cache; "
         "where not, which entry is nearest and what differs. Nothing is built, and no weights are downloaded.",
     )
-    add_engine(parser)
-    parser.set_defaults(run=run)
-    return parser
 
 
 def run(args: Namespace) -> int:
@@ -43,7 +41,8 @@ def _lines(finding: Finding) -> list[str]:
     if finding.entry is not None:
         used = age_text(time.time() - finding.entry.last_used)
         return [f"{finding.kind}: hit:{digest} ({model_text(finding.entry.label)}), last used {used} ago"]
-    head = f"{finding.kind}: {'hit' if finding.found else 'miss'}:{digest}"
+    state = {True: "hit", False: "miss", None: "none"}[finding.found]
+    head = f"{finding.kind}: {state}:{digest}"
     if finding.note:
         head += f"{',' if digest else ''} {finding.note}"
     if finding.nearest is None:

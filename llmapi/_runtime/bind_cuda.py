@@ -7,7 +7,6 @@ fastest of several implementations is taken.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from llmapi._kernels.decode_attention_cuda import DecodeAttention, Fusion
 from llmapi._kernels.gated_activation_cuda import gated_activation
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.rotary_cuda import rotary_kv_write
+from llmapi._runtime.graph_uses import GraphUses
 from llmapi._runtime.linear_cuda import CudaLinear, LinearChoices
 from llmapi._runtime.program import Call, Slot, call_of, torch_function
 from llmapi._runtime.step_buffers import StepShape
@@ -88,9 +88,7 @@ class Binder:
         self._gpu = gpu
         self._values = values
         self._graph = graph
-        self._nodes = {node.name: node for node in graph.nodes}
-        self._uses = Counter(name for node in graph.nodes for name in _refs(node))
-        self._uses[graph.output.name] += 1
+        self._uses = GraphUses(graph)
         dtype, kv_dtype = getattr(torch, config.dtype), getattr(torch, config.kv_dtype)
         heads: dict[str, Any] = {
             "dtype": dtype, "kv_dtype": kv_dtype, "heads": spec.num_heads, "kv_heads": spec.num_kv_heads,
@@ -107,12 +105,9 @@ class Binder:
     def linear_groups(self) -> list[tuple[str | None, list[torch.Tensor]]]:
         """Linear layers of one shape and epilogue: the activation fused into them, if any, and their weights."""
         groups: dict[tuple[Any, ...], list[torch.Tensor]] = {}
-        for node in self._graph.nodes:
-            if node.op == "aten.linear.default" and isinstance(node.args[1], Ref):
-                weight = self._values[node.args[1].name]
-                consumer = self._gate_of(node)
-                gate = None if consumer is None else str(consumer.args[1])
-                groups.setdefault((gate, *weight.shape), []).append(weight)
+        for name, gate in self._uses.linears():
+            weight = self._values[name]
+            groups.setdefault((gate, *weight.shape), []).append(weight)
         return [(key[0], weights) for key, weights in groups.items()]
 
     def begin(self, plan: CudaPlan) -> None:
@@ -123,17 +118,17 @@ class Binder:
     def implement(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Call:
         """The call of a node; see :class:`llmapi._runtime.program.Program`."""
         if node.op == "aten.linear.default":
-            if self._gate_of(node) is not None:
+            if self._uses.gate_of(node) is not None:
                 (slot,) = (a for a in args[:1] if isinstance(a, Slot))
                 return lambda env: env[slot]  # the activation that follows computes both
             return call_of(CudaLinear(self.choices, args[1], args[2] if len(args) > 2 else None), args[:1], {})
         if node.op == "llmapi.gated_activation.default":
-            producer = self._nodes.get(node.args[0].name)
-            if producer is not None and self._gate_of(producer) is node:
+            producer = self._uses.nodes.get(node.args[0].name)
+            if producer is not None and self._uses.gate_of(producer) is node:
                 return self._gated(producer, args)
             return call_of(partial(gated_activation, self._gpu), args, kwargs)
         if node.op == "llmapi.rotary_kv_write.default":
-            alone = self._uses[node.args[0].name] == 1
+            alone = self._uses.count[node.args[0].name] == 1
             write = partial(rotary_kv_write, self._gpu, in_place=alone)
             fusion = self._fusions.get(node.name)
             if fusion is None:
@@ -148,15 +143,6 @@ class Binder:
             return call_of(partial(launch, self._gpu), args, kwargs)
         return call_of(torch_function(node.op), args, kwargs)
 
-    def _gate_of(self, linear: Node) -> Node | None:
-        """The gated activation that is all that reads a linear layer's result."""
-        if linear.op != "aten.linear.default" or self._uses[linear.name] != 1:
-            return None
-        for node in self._graph.nodes:
-            if node.op == "llmapi.gated_activation.default" and node.args[0] == Ref(linear.name):
-                return node
-        return None
-
     def _gated(self, linear: Node, args: list[Any]) -> Call:
         weight, *bias = (self._values[ref.name] for ref in linear.args[1:] if isinstance(ref, Ref))
         return call_of(CudaLinear(self.choices, weight, bias[0] if bias else None, gate=str(args[1])), args[:1], {})
@@ -167,12 +153,12 @@ class Binder:
         for node in self._graph.nodes:
             if node.op != "llmapi.paged_attention.default":
                 continue
-            source = self._nodes.get(node.args[0].name)
-            if source is None or source.op != "llmapi.rotary_kv_write.default" or self._uses[source.name] != 1:
+            source = self._uses.nodes.get(node.args[0].name)
+            if source is None or source.op != "llmapi.rotary_kv_write.default" or self._uses.count[source.name] != 1:
                 continue
             qkv, cos_sin, *_, interleaved = source.args
             fusion = Fusion.of(dtype, group, 0 if cos_sin is None else rotated, bool(interleaved))
-            if fusion is not None and self._uses[qkv.name] == 1:
+            if fusion is not None and self._uses.count[qkv.name] == 1:
                 found[source.name] = fusion
         return found
 
@@ -223,7 +209,3 @@ class Binder:
                 out, q, k_cache, v_cache, block_tables, seq_lens, query_start, plan.counts, planned=True, **options
             )
         return out
-
-
-def _refs(node: Node) -> list[str]:
-    return [value.name for value in (*node.args, *node.kwargs.values()) if isinstance(value, Ref)]

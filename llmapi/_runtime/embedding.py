@@ -21,7 +21,7 @@ def embed(maker: RequestMaker, texts: Any, pooling: str, normalize: bool, run: R
         raise ConfigError(unknown_name("pooling", pooling, POOLINGS))
     if not isinstance(normalize, bool):
         raise ConfigError(f"normalize={normalize!r}: give True or False")
-    items, single = listed(texts)
+    items, single = listed(texts, "texts")
     requests: list[Request] = []
     for item in items:
         ids = maker.ids(item)[1]
@@ -39,7 +39,7 @@ def embed(maker: RequestMaker, texts: Any, pooling: str, normalize: bool, run: R
 
 def encode(maker: RequestMaker, texts: Any, run: Run, bar: bool) -> torch.Tensor | list[torch.Tensor]:
     """See :meth:`llmapi.LLM.encode`."""
-    items, single = listed(texts)
+    items, single = listed(texts, "texts")
     requests = [maker.probing(maker.ids(item)[1], HiddenProbe(), "a text") for item in items]
     run(requests, bar)
     out = [request.probe.result for request in requests if request.probe is not None]

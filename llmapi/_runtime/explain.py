@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from llmapi import _env
@@ -16,36 +14,17 @@ from llmapi._build.artifact_keys import (
     tokenizer_origin,
     weights_key,
 )
-from llmapi._build.key import Key, PartDiff
+from llmapi._build.graph import Graph
 from llmapi._build.names import GRAPH_FILE
 from llmapi._build.pipeline import Recipe
 from llmapi._build.saved import SavedEngine, load_saved
-from llmapi._build.store import EntryInfo, Manifest, Store
+from llmapi._build.store import Store
 from llmapi._digests import DigestMemory
-from llmapi._runtime.start import ModelOptions, find_recipe, saved_config, saved_folder
+from llmapi._runtime import explain_kernels
+from llmapi._runtime.finding import Finding, look
+from llmapi._runtime.options import ModelOptions, full_path, split_arguments
+from llmapi._runtime.start import find_recipe, saved_config, saved_folder
 from llmapi._source import Snapshot, listing, needed, no_model, source_files
-from llmapi.config import EngineOptions, KvCacheConfig
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a start would find of one artifact.
-
-    Attributes:
-        kind: tokenizer, weights, engine or plan.
-        key: of the artifact; None where it cannot be known yet, ``note`` says why.
-        found: whether it is there.
-        entry: the cache's entry; None for a miss, and for what a saved engine holds itself.
-        nearest: for a miss, the entry with the fewest parts that differ, and the differences from it.
-        note: what else there is to say.
-    """
-
-    kind: str
-    key: Key | None
-    found: bool = False
-    entry: EntryInfo | None = None
-    nearest: tuple[Manifest, list[PartDiff]] | None = None
-    note: str = ""
 
 
 def explain(model: str, **arguments: Any) -> list[Finding]:
@@ -61,14 +40,14 @@ def explain(model: str, **arguments: Any) -> list[Finding]:
         LLMAPIError: the model cannot be found, or cannot be built with these arguments.
     """
     options, engine = split_arguments(model, arguments)
-    root = Path(options.cache_dir).expanduser() if options.cache_dir is not None else _env.cache_dir()
+    root = _env.cache_dir() if options.cache_dir is None else full_path("cache_dir", options.cache_dir)
     store = Store(root)
     folder = saved_folder(options.model)
     if folder is not None:
         saved = load_saved(folder)
         held = Finding("weights", None, found=True, note="part of the saved engine")
         recipe = Recipe(None, None, saved.spec, saved_config(saved, options, engine))
-        return [held, _engine(store, recipe, saved), *_plan(store, recipe, saved)]
+        return [held, _engine(store, recipe, saved), *_backend(store, recipe, saved)]
     digests = DigestMemory(root / "digests")
     snapshot, _, recipe = find_recipe(replace(options, load_format="dummy"), engine, digests)
     if options.load_format != "dummy":
@@ -76,9 +55,9 @@ def explain(model: str, **arguments: Any) -> list[Finding]:
             snapshot, _, recipe = find_recipe(options, engine, digests)
         files = _with_weights(snapshot, options) if snapshot.kind == "hub" else snapshot
         recipe = replace(recipe, snapshot=files, dummy_seed=None)
-    findings = [_weights(store, recipe), _engine(store, recipe), *_plan(store, recipe)]
+    findings = [_weights(store, recipe), _engine(store, recipe), *_backend(store, recipe)]
     if _keeps_tokenizer(snapshot, options):
-        findings.insert(0, _look(store, "tokenizer", tokenizer_key(tokenizer_origin(snapshot))))
+        findings.insert(0, look(store, "tokenizer", tokenizer_key(tokenizer_origin(snapshot))))
     return findings
 
 
@@ -88,20 +67,6 @@ def _keeps_tokenizer(snapshot: Snapshot, options: ModelOptions) -> bool:
         return False
     plain = options.tokenizer_mode == "auto" and not options.trust_remote_code
     return snapshot.kind == "gguf" or (plain and bool(snapshot.tokenizer_files))
-
-
-def split_arguments(model: str, arguments: Mapping[str, Any]) -> tuple[ModelOptions, EngineOptions]:
-    """The arguments of LLM as options of the model and of the engine.
-
-    Args:
-        model: as for :class:`llmapi.LLM`.
-        arguments: the others.
-    """
-    names = {f.name for f in fields(EngineOptions)}
-    engine = {name: value for name, value in arguments.items() if name in names}
-    rest = {name: value for name, value in arguments.items() if name not in names and name != "kv_cache_config"}
-    kv_cache = KvCacheConfig.of(arguments.get("kv_cache_config"))
-    return ModelOptions(model, **rest), EngineOptions(kv_cache=kv_cache, **engine)
 
 
 def _with_weights(snapshot: Snapshot, options: ModelOptions) -> Snapshot | None:
@@ -114,9 +79,11 @@ def _with_weights(snapshot: Snapshot, options: ModelOptions) -> Snapshot | None:
 
 
 def _weights(store: Store, recipe: Recipe) -> Finding:
+    if recipe.config.backend == "cuda" and recipe.dummy_seed is not None:
+        return Finding("weights", None, None, note="random weights are made on the GPU at each start")
     if recipe.snapshot is None:
         return Finding("weights", None, note="the model's weights are not on this machine; a start downloads them")
-    return _look(store, "weights", weights_key(recipe.spec, recipe.config, recipe.origin()))
+    return look(store, "weights", weights_key(recipe.spec, recipe.config, recipe.origin()))
 
 
 def _engine(store: Store, recipe: Recipe, saved: SavedEngine | None = None) -> Finding:
@@ -125,27 +92,57 @@ def _engine(store: Store, recipe: Recipe, saved: SavedEngine | None = None) -> F
         key = engine_key(recipe.spec, recipe.config, saved.graph_digest)
         if key.digest == saved.engine_digest:
             return Finding("engine", key, found=True, note="part of the saved engine")
-        return _look(store, "engine", key)
-    graph = _look(store, "graph", how).entry
+        return look(store, "engine", key)
+    graph = look(store, "graph", how).entry
     if graph is not None:
         digest = graph.manifest.files[GRAPH_FILE].sha256
-        return _look(store, "engine", engine_key(recipe.spec, recipe.config, digest))
+        return look(store, "engine", engine_key(recipe.spec, recipe.config, digest))
     near = store.nearest("engine", engine_key(recipe.spec, recipe.config, "not exported yet"))
     note = "a start has to export the graph first: the architecture, llmapi's sources or torch are new to this cache"
     return Finding("engine", None, nearest=near, note=note)
 
 
-def _plan(store: Store, recipe: Recipe, saved: SavedEngine | None = None) -> list[Finding]:
-    """What a start would find of TensorRT's plan; nothing for backends that have none."""
-    if recipe.config.backend != "tensorrt":
-        return []
+def _backend(store: Store, recipe: Recipe, saved: SavedEngine | None = None) -> list[Finding]:
+    """What a start would find of what its backend needs beside weights and engine."""
+    backend = recipe.config.backend
+    if backend == "tensorrt":
+        return _plan(store, recipe, saved)
+    if backend == "cuda":
+        import torch
+
+        from llmapi._kernels.gpu import Gpu
+
+        gpu = Gpu(torch.device("cuda", torch.cuda.current_device()))
+        try:
+            return explain_kernels.of_gpu(store, recipe.config, _graph(store, recipe, saved), gpu)
+        finally:
+            gpu.close()
+    return [explain_kernels.of_cpu(store)] if recipe.config.dtype == "float32" else []
+
+
+def _graph(store: Store, recipe: Recipe, saved: SavedEngine | None) -> Graph | None:
+    """The graph of a step; None where it is not exported yet."""
+    key = graph_recipe_key(recipe.spec)
+    if saved is not None and saved.graph_recipe == key.digest:
+        return Graph.parse((saved.engine / GRAPH_FILE).read_text(encoding="utf-8"))
+    if look(store, "graph", key).entry is None:
+        return None
+    entry = store.get("graph", key)
+    if entry is None:  # damaged, or gone meanwhile
+        return None
+    with entry:
+        return Graph.parse(entry.file(GRAPH_FILE).read_text(encoding="utf-8"))
+
+
+def _plan(store: Store, recipe: Recipe, saved: SavedEngine | None) -> list[Finding]:
+    """What a start would find of TensorRT's plan."""
     from llmapi._build.tensorrt.package import load_package
     from llmapi._build.tensorrt.path import attention_path
 
     package = load_package()
     parts = attention_path(package.attention).key_parts()
     how = graph_recipe_key(recipe.spec)
-    graph = _look(store, "graph", how).entry
+    graph = look(store, "graph", how).entry
     if saved is not None and saved.graph_recipe == how.digest:
         digest = saved.graph_digest
     elif graph is not None:
@@ -154,11 +151,4 @@ def _plan(store: Store, recipe: Recipe, saved: SavedEngine | None = None) -> lis
         unknown = plan_key(recipe.spec, recipe.config, "not exported yet", package.name, package.version, parts)
         near = store.nearest("plan", unknown)
         return [Finding("plan", None, nearest=near, note="a start has to export the graph first")]
-    return [_look(store, "plan", plan_key(recipe.spec, recipe.config, digest, package.name, package.version, parts))]
-
-
-def _look(store: Store, kind: str, key: Key) -> Finding:
-    entry = next((e for e in store.entries() if (e.kind, e.digest) == (kind, key.digest)), None)
-    if entry is not None:
-        return Finding(kind, key, found=True, entry=entry)
-    return Finding(kind, key, nearest=store.nearest(kind, key))
+    return [look(store, "plan", plan_key(recipe.spec, recipe.config, digest, package.name, package.version, parts))]

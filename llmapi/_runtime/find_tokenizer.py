@@ -14,7 +14,7 @@ from llmapi._tokenizer import Tokenizer
 from llmapi.errors import CacheError, ConfigError
 
 if TYPE_CHECKING:
-    from llmapi._runtime.start import ModelOptions
+    from llmapi._runtime.options import ModelOptions
 
 log = logging.getLogger("llmapi")
 
@@ -43,6 +43,10 @@ def find_tokenizer(
         return None
     if isinstance(given, Tokenizer):
         return given
+    if isinstance(given, str) and not given.strip():
+        raise ConfigError(
+            f"tokenizer={given!r}: give a Hugging Face id or a folder, or leave it out for the model's own"
+        )
     if isinstance(given, (str, Path)):
         home = _named(given, options, digests)
         builder.report.hub_calls += home.hub_calls if isinstance(home, Snapshot) else 0

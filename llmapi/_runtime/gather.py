@@ -7,7 +7,7 @@ import itertools
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from llmapi import _env
@@ -23,7 +23,7 @@ _TOGETHER = 0.01  # seconds that requests are gathered before they are submitted
 
 
 def gather(
-    makers: list[Callable[[], Request]],
+    makers: Sequence[Callable[[], Request]],
     prompts: list[Any],
     submit: Callable[[list[Request], Callable[[RequestOutput], None]], None],
     abort: Callable[[Iterable[str]], None],

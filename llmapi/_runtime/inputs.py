@@ -29,8 +29,12 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 _FORMS = "a text, a list of token ids, {'prompt': text} or {'prompt_token_ids': ids}"
 
 
-def listed(prompts: Any) -> tuple[list[Any], bool]:
+def listed(prompts: Any, what: str = "prompts") -> tuple[list[Any], bool]:
     """The prompts as a list, and whether they were a single one rather than a list.
+
+    Args:
+        prompts: in any form.
+        what: what messages call them.
 
     Raises:
         RequestError: they are neither.
@@ -42,8 +46,20 @@ def listed(prompts: Any) -> tuple[list[Any], bool]:
     if isinstance(prompts, (str, Mapping)) or (prompts and _are_ids(prompts)):
         return [prompts], True
     if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
-        raise RequestError(f"prompts of type {type(prompts).__name__} are not known: give {_FORMS}, or a list of these")
+        raise RequestError(f"{what} of type {type(prompts).__name__} are not known: give {_FORMS}, or a list of these")
     return list(prompts), False
+
+
+def conversations(messages: Any) -> tuple[list[Any], bool]:
+    """The conversations as a list, and whether they were a single one. What is in them is the chat template's business.
+
+    >>> message = {"role": "user", "content": "Hello"}
+    >>> conversations([message])[1], conversations([[message], [message]])[1]
+    (True, False)
+    """
+    if not isinstance(messages, (list, tuple)) or not messages or isinstance(messages[0], Mapping):
+        return [messages], True
+    return list(messages), False
 
 
 def _plain(value: Any) -> Any:
@@ -77,7 +93,8 @@ def pair_params(
         return [params] * count
     if isinstance(params, Sequence) and all(isinstance(p, SamplingParams) for p in params):
         if len(params) != count:
-            raise ConfigError(f"{len(params)} sampling_params for {count} prompts: give one for all, or one for each")
+            prompts = "1 prompt" if count == 1 else f"{count} prompts"
+            raise ConfigError(f"{len(params)} sampling_params for {prompts}: give one for all, or one for each")
         return list(params)
     raise ConfigError(f"sampling_params={params!r}: give a SamplingParams or a list of them")
 

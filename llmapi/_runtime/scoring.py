@@ -30,7 +30,7 @@ class Scorer:
         """See :meth:`llmapi.LLM.score`."""
         if not isinstance(truncate, bool):
             raise ConfigError(f"truncate={truncate!r}: give True or False")
-        (before, one), (after, alone) = listed(prompts), listed(continuations)
+        (before, one), (after, alone) = listed(prompts), listed(continuations, "continuations")
         if not one and not alone and len(before) != len(after):
             raise ConfigError(
                 f"{len(after)} continuations for {len(before)} prompts: give one for each, or one for all, or several "
@@ -50,7 +50,7 @@ class Scorer:
         most = min(self._maker.max_seq_len, self._maker.capacity_tokens)
         length = _whole("max_length", max_length, most)
         step = _whole("stride", stride, length)
-        items, single = listed(texts)
+        items, single = listed(texts, "texts")
         prefix = self._prefix() if items else 0
         jobs: list[tuple[Request, list[int]]] = []
         ends = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,12 @@ from llmapi._build.store import Store
 from llmapi._digests import DigestMemory
 from llmapi._runtime.find_tokenizer import find_tokenizer
 from llmapi._runtime.fit import check_config_file, check_fits
+from llmapi._runtime.options import ModelOptions, full_path
 from llmapi._source import Snapshot
 from llmapi._source import resolve as resolve_source
 from llmapi._tokenizer import Tokenizer
 from llmapi.config import EngineConfig, EngineOptions, resolve
-from llmapi.errors import CheckpointError, ConfigError, unknown_name
+from llmapi.errors import CheckpointError, ConfigError
 from llmapi.models.family import family_of, spec_of
 from llmapi.models.spec import TransformerSpec
 
@@ -31,48 +31,6 @@ if TYPE_CHECKING:
     from llmapi._runtime.engine import Engine
 
 log = logging.getLogger("llmapi")
-
-LOAD_FORMATS = ("auto", "dummy")
-TOKENIZER_MODES = ("auto", "slow")
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model, and where it comes from; the arguments of :class:`llmapi.LLM` of the same names."""
-
-    model: str
-    tokenizer: Any = None
-    tokenizer_mode: str = "auto"
-    skip_tokenizer_init: bool = False
-    trust_remote_code: bool = False
-    revision: str | None = None
-    hf_token: str | bool | None = None
-    load_format: str = "auto"
-    refresh: bool = False
-    cache_dir: str | os.PathLike[str] | None = None
-    seed: int | None = 0
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.model, str) or not self.model.strip():
-            raise ConfigError(
-                f"model={self.model!r}: give a Hugging Face id such as 'org/name', a folder, or a .gguf file"
-            )
-        for name in ("skip_tokenizer_init", "trust_remote_code", "refresh", "progress"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
-        if self.revision is not None and not isinstance(self.revision, str):
-            raise ConfigError(f"revision={self.revision!r}: give a branch, tag or commit as a text")
-        if self.hf_token is not None and not isinstance(self.hf_token, (str, bool)):
-            raise ConfigError("hf_token: give a text, True for the stored login, False for none, or None")
-        if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
-            raise ConfigError(f"cache_dir={self.cache_dir!r}: give a folder, or None")
-        if self.tokenizer_mode not in TOKENIZER_MODES:
-            raise ConfigError(unknown_name("tokenizer_mode", self.tokenizer_mode, TOKENIZER_MODES))
-        if self.load_format not in LOAD_FORMATS:
-            raise ConfigError(unknown_name("load_format", self.load_format, LOAD_FORMATS))
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
-            raise ConfigError(f"seed={self.seed!r}: give a whole number from 0, or None")
 
 
 @dataclass
@@ -130,25 +88,6 @@ def prepare(options: ModelOptions, engine: EngineOptions) -> Prepared:
     report.hashed_bytes = digests.hashed_bytes
     log.info("%s", report.line)
     return prepared
-
-
-def full_path(what: str, path: str | os.PathLike[str]) -> Path:
-    """The path with ``~`` filled in.
-
-    Args:
-        what: the argument that it was given as.
-        path: as given.
-
-    Raises:
-        ConfigError: it can be no path.
-    """
-    try:
-        if "\0" not in os.fspath(path):
-            return Path(path).expanduser()
-        why = "a null character"
-    except RuntimeError:
-        why = "no such user"
-    raise ConfigError(f"{what}={os.fspath(path)!r} is no path ({why}): give the full path of a folder")
 
 
 def saved_folder(model: str) -> Path | None:
@@ -305,7 +244,15 @@ def load_engine(prepared: Prepared, *, progress: bool) -> Engine:
 
             assert weights is not None
             with _progress.bar("load", 1, enabled=progress) as done:
-                engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config, kernels)
+                try:
+                    engine = CpuEngine(graph, weights, constants, prepared.spec, prepared.config, kernels)
+                except RuntimeError as error:
+                    if "allocate memory" not in str(error):
+                        raise
+                    raise ConfigError(
+                        f"this machine cannot give the memory that the KV cache ({prepared.config.kv_cache}) and the "
+                        "weights take: lower the max_tokens or memory_bytes of kv_cache_config"
+                    ) from error
                 done(1)
         phase.nbytes = 0 if weights is None else weights.nbytes
         phase.note = f"{engine.num_blocks} KV blocks of {prepared.config.block_size} tokens"

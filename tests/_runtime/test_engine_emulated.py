@@ -129,15 +129,7 @@ def test_scores_and_hidden_states_beside_generation(llm: LLM, truth: Truth) -> N
     """Steps of logits, of hidden states, and of both mixed."""
     [prompt, text, other] = prompts_of([12, 50, 21], seed=5)
     running = llm.generate_async(prompt, greedy(30))
-    [score] = llm.score([text[:20]], [text[20:]], use_tqdm=False)  # type: ignore[misc]
-    exact = truth.logprobs(text)[19:-1]
-    assert score.logprobs == pytest.approx([row[t].item() for row, t in zip(exact, text[20:], strict=True)], abs=1e-4)
-    with torch.no_grad():
-        states = [truth.model.base_model(torch.tensor([ids])).last_hidden_state[0] for ids in (text, other)]
-    for own, expected in zip(llm.encode([text, other], use_tqdm=False), states, strict=True):
-        torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
-    mean = llm.embed([text, other], "mean", normalize=False, use_tqdm=False)
-    torch.testing.assert_close(mean, torch.stack([s.mean(0) for s in states]), atol=1e-4, rtol=1e-4)
+    truth.check_probes(llm, text, other, 1e-4)
     assert running.result(120).outputs[0].token_ids == truth.greedy(prompt, 30)
     until(lambda: idle(llm))
 

@@ -407,7 +407,7 @@ def test_sampling_parameters_of_another_type(llm: LLM, wrong: Any) -> None:
 def test_as_many_parameters_as_prompts(llm: LLM) -> None:
     with pytest.raises(ConfigError, match="2 sampling_params for 3 prompts: give one for all, or one for each"):
         llm.generate(["a", "b", "c"], [greedy(1), greedy(1)])
-    with pytest.raises(ConfigError, match="2 sampling_params for 1 prompts"):
+    with pytest.raises(ConfigError, match="2 sampling_params for 1 prompt:"):
         llm.generate("a", [greedy(1), greedy(1)])
 
 

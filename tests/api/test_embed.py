@@ -15,19 +15,13 @@ from tests.tiny import tiny_checkpoint
 CLOSE = 1e-4
 
 
-def states(truth: Truth, ids: list[int]) -> torch.Tensor:
-    """``last_hidden_state`` of transformers: after the last norm."""
-    with torch.no_grad():
-        return truth.model.base_model(torch.tensor([ids])).last_hidden_state[0]
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2"])
 def test_every_family(family: str, tmp_path: Path, cache: Path) -> None:
     folder = tiny_checkpoint(tmp_path / family, family)
     truth = Truth(folder)
     texts = prompts_of([1, 5, 16, 17, 60], seed=1)
     with LLM(folder, cache_dir=cache, max_batch_size=4, max_num_tokens=32, kv_cache_config={"max_tokens": 512}) as llm:
-        exact = [states(truth, ids) for ids in texts]
+        exact = [truth.states(ids) for ids in texts]
         for own, theirs in zip(llm.encode(texts), exact, strict=True):
             torch.testing.assert_close(own, theirs, atol=CLOSE, rtol=CLOSE)
         pooled = {"last": [x[-1] for x in exact], "mean": [x.mean(0) for x in exact], "cls": [x[0] for x in exact]}
@@ -57,9 +51,9 @@ def test_beside_generation_and_scores(llm: LLM, truth: Truth) -> None:
         patch.setattr(engine, "step_hidden", watched)
         for _ in range(2):
             for own, ids in zip(llm.encode(texts), texts, strict=True):
-                torch.testing.assert_close(own, states(truth, ids), atol=CLOSE, rtol=CLOSE)
+                torch.testing.assert_close(own, truth.states(ids), atol=CLOSE, rtol=CLOSE)
             found = llm.embed(texts, normalize=False)
-            torch.testing.assert_close(found[0], states(truth, texts[0])[-1], atol=CLOSE, rtol=CLOSE)
+            torch.testing.assert_close(found[0], truth.states(texts[0])[-1], atol=CLOSE, rtol=CLOSE)
     assert any(mixed)
     for prompt, future in zip(prompts, running, strict=True):
         output = future.result(60).outputs[0]
@@ -87,7 +81,7 @@ def test_a_long_text_takes_its_beginning_from_the_prefix_cache(llm: LLM, truth: 
     before = pool.stats.hits
     found = llm.embed(ids, normalize=False)
     assert pool.stats.hits - before == 89 // 8
-    torch.testing.assert_close(found, states(truth, ids)[-1], atol=CLOSE, rtol=CLOSE)
+    torch.testing.assert_close(found, truth.states(ids)[-1], atol=CLOSE, rtol=CLOSE)
 
 
 def test_shapes_and_forms(llm: LLM) -> None:

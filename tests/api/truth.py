@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -53,6 +54,23 @@ class Truth:
     def logprobs(self, ids: Sequence[int]) -> torch.Tensor:
         """Log-softmax of :meth:`logits` in float64."""
         return self.logits(ids).double().log_softmax(-1)
+
+    @torch.no_grad()
+    def states(self, ids: Sequence[int]) -> torch.Tensor:
+        """``[len(ids), hidden_size]`` hidden states after the last norm."""
+        return self.model.base_model(torch.tensor([list(ids)])).last_hidden_state[0]
+
+    def check_probes(self, llm: LLM, text: list[int], other: list[int], tolerance: float) -> None:
+        """Compare what the LLM says of the last third of ``text``, and the hidden states of both."""
+        cut = 2 * len(text) // 3
+        [score] = llm.score([text[:cut]], [text[cut:]], use_tqdm=False)  # type: ignore[misc]
+        expected = [row[token].item() for row, token in zip(self.logprobs(text)[cut - 1 : -1], text[cut:], strict=True)]
+        assert score.logprobs == pytest.approx(expected, abs=tolerance)
+        states = [self.states(ids) for ids in (text, other)]
+        for found, exact in zip(llm.encode([text, other], use_tqdm=False), states, strict=True):
+            torch.testing.assert_close(found, exact, atol=tolerance, rtol=tolerance)
+        mean = llm.embed([text, other], "mean", normalize=False, use_tqdm=False)
+        torch.testing.assert_close(mean, torch.stack([s.mean(0) for s in states]), atol=tolerance, rtol=tolerance)
 
 
 def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

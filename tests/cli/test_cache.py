@@ -45,7 +45,34 @@ def test_why_hit(cli: Cli, cache: Path, model: str) -> None:
     result = cli("cache", "why", model)
     assert result.code == 0
     lines = result.out.splitlines()
-    assert [line.split(":")[:2] for line in lines] == [[k, " hit"] for k in ("tokenizer", "weights", "engine")]
+    assert [line.split(":")[:2] for line in lines[:3]] == [[k, " hit"] for k in ("tokenizer", "weights", "engine")]
+    assert len(lines) == 4 and lines[3].startswith("cpu-kernels: ")
+
+
+def test_why_tells_of_compiled_cpu_kernels(
+    cli: Cli, model: str, tmp_path: Path, kernels: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cache of its own, for a process that loaded the same kernels before asks no cache for them."""
+    from llmapi._build import cpu_kernels
+
+    words = ("cache", "why", model, "--cache-dir", str(tmp_path))
+
+    def line() -> str:
+        return cli(*words).out.split("cpu-kernels: ")[1]
+
+    assert re.fullmatch(r"miss: \w{12}, there is no entry of this kind yet\n", line())
+    monkeypatch.setattr(cpu_kernels, "_loaded", {})
+    cpu_kernels.obtain(Store(tmp_path))
+    (entry,) = Store(tmp_path).entries()
+    assert line().startswith(f"hit: {entry.digest[:12]} (CPU kernels), last used 0 s ago")
+    monkeypatch.setattr(cpu_kernels, "find_compiler", lambda: ("/usr/bin/c++", "another compiler 1.0"))
+    assert re.search(r"differs in\n    compiler: .* -> another compiler 1.0\n", line())
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu_kernels, "COMPILERS", ("no-such-compiler",))
+    assert line() == "none: there is no C++ compiler (no-such-compiler): PyTorch's operators do the work\n"
+    monkeypatch.setenv("LLMAPI_CPU_KERNELS", "0")
+    assert line() == "none: LLMAPI_CPU_KERNELS is 0: PyTorch's operators do the work\n"
+    assert "cpu-kernels" not in cli(*words, "--dtype", "bfloat16").out  # torch's operators serve that type
 
 
 def test_why_names_what_differs_and_builds_nothing(cli: Cli, cache: Path, model: str) -> None:
@@ -56,7 +83,7 @@ def test_why_names_what_differs_and_builds_nothing(cli: Cli, cache: Path, model:
     assert weights.startswith("weights: hit: ")
     assert engine.startswith("engine: miss: ")
     assert "differs in" in nearest
-    assert diff == ["    max_batch_size: 64 -> 8"]
+    assert diff[0] == "    max_batch_size: 64 -> 8" and diff[1].startswith("cpu-kernels: ")
     result = cli("cache", "why", model, "--dtype", "bfloat16")
     assert result.out.count("    dtype: float32 -> bfloat16") == 2
     assert [(e.digest, e.hits) for e in Store(cache).entries()] == before
@@ -72,7 +99,7 @@ def test_why_names_what_differs_and_builds_nothing(cli: Cli, cache: Path, model:
 
 def test_why_in_an_empty_cache(cli: Cli, model: str, tmp_path: Path) -> None:
     result = cli("cache", "why", model, "--cache-dir", str(tmp_path / "new"))
-    tokenizer, weights, engine = result.out.splitlines()
+    tokenizer, weights, engine, _ = result.out.splitlines()
     assert tokenizer.startswith("tokenizer: miss: ")
     assert weights.startswith("weights: miss: ")
     assert "there is no entry of this kind yet" in weights
@@ -83,7 +110,7 @@ def test_why_in_an_empty_cache(cli: Cli, model: str, tmp_path: Path) -> None:
 def test_why_for_other_weights(cli: Cli, cache: Path, model: str, tmp_path: Path) -> None:
     other = str(tiny_checkpoint(tmp_path / "other", seed=1))
     result = cli("cache", "why", other)
-    _, weights, _, diff, engine = result.out.splitlines()
+    _, weights, _, diff, engine, _ = result.out.splitlines()
     assert weights.startswith("weights: miss: ")
     assert diff.startswith("    origin.files: ")
     assert engine.startswith("engine: hit: ")
@@ -105,7 +132,7 @@ def test_why_downloads_no_weights(
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         hub.add("org/tiny", {f.name: f.read_bytes() for f in Path(model).iterdir() if f.is_file()})
         result = cli("cache", "why", "org/tiny")
-        tokenizer, weights, engine = result.out.splitlines()
+        tokenizer, weights, engine, _ = result.out.splitlines()
         assert tokenizer.startswith("tokenizer: hit: ")
         assert weights == "weights: miss: the model's weights are not on this machine; a start downloads them"
         assert engine.startswith("engine: hit: ")

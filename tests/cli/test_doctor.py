@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from llmapi._build.store import lock as store_lock
-from llmapi._cli import checks, machine
-from llmapi._cli.checks import Check
+from llmapi._cli import checks, installed, machine
+from llmapi._cli.check import Check
 from llmapi.errors import CacheError
 from tests.cli.helpers import Cli
 from tests.fakehub import FakeHub
@@ -78,7 +78,7 @@ def test_the_oldest_versions_are_those_of_the_package() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     wanted = dict(d.split(">=") for d in project["dependencies"])
     wanted.pop("mpi4py")  # optional on the cpu backend; it has a check of its own
-    assert wanted == checks.REQUIRED
+    assert wanted == installed.REQUIRED
     for extra in ("gguf", "cuda", "tensorrt-rtx", "tensorrt"):  # that remedies name
         assert extra in project["optional-dependencies"]
 

@@ -148,16 +148,7 @@ def test_scores_and_hidden_states_beside_generation(llm: LLM, truth: Truth) -> N
     [prompt, text, other] = prompts_of([12, 300, 21], seed=9)
     running = llm.generate_async(prompt, greedy(60))
     for _ in range(2):
-        [score] = llm.score([text[:200]], [text[200:]], use_tqdm=False)  # type: ignore[misc]
-        exact = truth.logprobs(text)[199:-1]
-        own = [row[t].item() for row, t in zip(exact, text[200:], strict=True)]
-        assert score.logprobs == pytest.approx(own, abs=1e-3)
-        with torch.no_grad():
-            states = [truth.model.base_model(torch.tensor([ids])).last_hidden_state[0] for ids in (text, other)]
-        for found, expected in zip(llm.encode([text, other], use_tqdm=False), states, strict=True):
-            torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
-        mean = llm.embed([text, other], "mean", normalize=False, use_tqdm=False)
-        torch.testing.assert_close(mean, torch.stack([s.mean(0) for s in states]), atol=1e-3, rtol=1e-3)
+        truth.check_probes(llm, text, other, 1e-3)
     assert running.result(60).outputs[0].token_ids == truth.greedy(prompt, 60)
     until(lambda: idle(llm))
 

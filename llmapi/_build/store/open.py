@@ -74,9 +74,14 @@ def _open(layout: Layout, kind: str, digest: str, hashed: Callable[[int], None],
         return None
     except NotADirectoryError as error:
         raise CacheError(
-            f"{layout.root} cannot be used as cache: {error.filename} is no folder; point LLMAPI_CACHE_DIR elsewhere"
+            f"{layout.root} cannot be used as cache: {_file_in_the_way(error.filename)} is a file, not a folder; point LLMAPI_CACHE_DIR elsewhere"
         ) from error
     except OSError as error:
         return Damage(f"{error.filename} cannot be read ({error.strerror})")
     except CorruptEntry as error:
         return Damage(str(error))
+
+
+def _file_in_the_way(path: str) -> Path:
+    """The part of a path that is a file where a folder is needed."""
+    return next((p for p in reversed(Path(path).parents) if p.is_file()), Path(path))
