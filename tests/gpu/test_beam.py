@@ -412,7 +412,9 @@ def random_candidates(rng: random.Random, rows: int, k: int, kind: str) -> tuple
             possible; "failed", NaN first.
     """
     count = k if kind != "few" else rng.randrange(rows)
-    scores = sorted((-rng.choice([1.0, 2.0]) if kind == "ties" else -9 * rng.random() for _ in range(count)), reverse=True)
+    scores = sorted(
+        (-rng.choice([1.0, 2.0]) if kind == "ties" else -9 * rng.random() for _ in range(count)), reverse=True
+    )
     scores += [-math.inf] * (k - count)
     if kind == "failed":
         scores[0] = math.nan
@@ -437,7 +439,9 @@ def expected_choice(
 KINDS = ["usual", "ties", "ends", "few", "failed"]
 
 
-@pytest.mark.parametrize("shape", [(1, 2), (2, 4), (4, 8), (5, 20), (31, 62), (33, 400), (256, 512), (256, 1024)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 2), (2, 4), (4, 8), (5, 20), (31, 62), (33, 400), (256, 512), (256, 1024)], ids=str
+)
 def test_choices(gpu: Gpu, shape: tuple[int, int], seed: int) -> None:
     """Continuations and their rows, of searches in another order than their candidates, one without an own place."""
     rng = random.Random(seed)
@@ -491,7 +495,9 @@ def test_moves(gpu: Gpu, width: int, block_size: int, seed: int) -> None:
         lens = torch.zeros(n, dtype=torch.int32)
         moves = np.zeros(len(shapes), dtype=BEAM_MOVE)
         parents = torch.zeros(sum(shapes), dtype=torch.int32)
-        caches = [torch.randn(blocks, block_size, token // 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+        caches = [
+            torch.randn(blocks, block_size, token // 4, generator=torch.Generator().manual_seed(i)) for i in range(2)
+        ]
         expected, moved, row = table.clone(), [c.clone() for c in caches], 0
         slots = rng.sample(range(len(shapes)), len(shapes))
         for at, rows in enumerate(shapes):
@@ -524,7 +530,7 @@ def test_carried_scores(gpu: Gpu, seed: int) -> None:
     """Scores that the step before left on the device give what the same scores from the host give."""
     x, scores = noise(9, 3000, seed, torch.float32), beam_scores(9, seed)
     requests = [(4, 8), (1, 3), (4, 8)]
-    rows, table = settings(requests)
+    rows, _ = settings(requests)
     carried, given = torch.full((11,), math.nan), scores.clone()
     for row, place in ((0, 7), (1, 2), (2, 0), (3, 10), (4, 5)):
         rows["carried"][row], carried[place], given[row] = place + 1, scores[row], math.nan
@@ -536,7 +542,9 @@ def random_step(rng: random.Random, requests: list[tuple[int, int]]) -> dict[str
     """Parents within each request, and tokens; some rows end."""
     parents = []
     for own in request_rows(requests):
-        parents += [-1 if rng.random() < 0.1 else rng.randrange(own.start, own.stop) for _ in range(own.start, own.stop)]
+        parents += [
+            -1 if rng.random() < 0.1 else rng.randrange(own.start, own.stop) for _ in range(own.start, own.stop)
+        ]
     return {"parents": torch.tensor(parents, dtype=torch.int32)}
 
 
