@@ -80,6 +80,11 @@ def tied_beams(gpu: EmulatedGpu) -> None:
         beam_tests.check(gpu, x, torch.tensor([0.0, -1.0, -1.0, -1e9]), requests)  # type: ignore[arg-type]
 
 
+def beam_choices(gpu: EmulatedGpu) -> None:
+    for shape in ((33, 400), (256, 1024)):
+        beam_tests.test_choices(gpu, shape, cases.SEED)  # type: ignore[arg-type]
+
+
 def masks(gpu: EmulatedGpu) -> None:
     sample_tests.test_masks(gpu, 1000, 30, torch.float32, cases.SEED)  # type: ignore[arg-type]
     sample_tests.test_masks(gpu, 1003, 30, torch.float32, cases.SEED)  # type: ignore[arg-type]
@@ -115,7 +120,7 @@ CHECKS: dict[str, Check] = {
     "beam edits": lambda gpu: beam_tests.test_edits(gpu, 4096, torch.float32, cases.SEED),  # type: ignore[arg-type]
     "beam NaN": lambda gpu: beam_tests.test_an_edited_row_that_is_nan_fails(gpu),  # type: ignore[arg-type]
     "beam clusters": beams(4200, [(4, 8), (14, 30)], torch.bfloat16),
-    "beam choices": lambda gpu: beam_tests.test_choices(gpu, (33, 400), cases.SEED),  # type: ignore[arg-type]
+    "beam choices": beam_choices,
     "beam moves": lambda gpu: beam_tests.test_moves(gpu, 37, 16, cases.SEED),  # type: ignore[arg-type]
     "beam carried": lambda gpu: beam_tests.test_carried_scores(gpu, cases.SEED),  # type: ignore[arg-type]
     "beam counts": lambda gpu: beam_tests.test_counts(gpu, True, cases.SEED),  # type: ignore[arg-type]
@@ -251,12 +256,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("beam_reorder.cu", "if (found < own.rows) {", "if (found < 0) {", "beam choices"),
     ("beam_reorder.cu", "parents[tid] = beams[rank],", "parents[tid] = beam,", "beam choices"),
     ("beam_reorder.cu", "  __syncthreads();  // counts may still be read\n", "", "beam choices"),
-    ("beam_reorder.cu", "__syncthreads();  // all tables are read", "", "beam moves"),
-    ("beam_reorder.cu", "(seq_lens[own.row] - 1) / block_size, width", "seq_lens[own.row] / block_size, width", "beam moves"),
-    ("beam_reorder.cu", "parents[i / columns] * width", "(i / columns) * width", "beam moves"),
+    ("beam_reorder.cu", "(seq_lens[own.row] - 1) / block_size, width", "seq_lens[own.row] / block_size, width",
+     "beam moves"),
+    ("beam_reorder.cu", "table[(int64_t)parent * width + column];", "table[(int64_t)row * width + column];", "beam moves"),
     ("beam_reorder.cu", "begun = last % block_size", "begun = (last + 1) % block_size", "beam moves"),
     ("beam_reorder.cu", "begun * bytes / 16", "begun * bytes / 32", "beam moves"),
-    ("beam_reorder.cu", "int64_t source = table[(int64_t)parent * width]", "int64_t source = table[parent]", "beam moves"),
+    ("beam_reorder.cu", "source = table[(int64_t)parent * width]", "source = table[parent]", "beam moves"),
     ("beam_reorder.cu", "row += gridDim.z", "row += 2 * gridDim.z", "beam moves"),
     ("beam_reorder.cu", "+ last / block_size, parents", "+ (last + 1) / block_size, parents", "beam moves"),
     ("beam_reorder.cu", "+ (column == tokens[row])", "", "beam counts"),

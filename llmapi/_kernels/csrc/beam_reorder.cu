@@ -85,25 +85,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // Block tables [.., width] for the next step, in place: a row has the full blocks of its parent. Its last block, for the
 // token that the step computes, stays its own. seq_lens, by row: tokens, that one included, of all rows of a search the
-// same. Grid: searches, then CEIL_DIV(width, the fewest columns of a search).
+// same. A row that is read stays as it is, so nobody waits for anybody. Grid: searches, then CEIL_DIV(width, the fewest
+// columns of a search).
 extern "C" __global__ void __launch_bounds__(THREADS)
     beam_tables(int* table, int width, const Move* moves, const int* parents, const int* seq_lens, int block_size) {
-  __shared__ int tile[TILE];
   pdl_wait();
   pdl_launch();
   Move own = moves[blockIdx.x];
-  int tid = threadIdx.x, columns = columns_of(own.rows), begin = blockIdx.y * columns;
+  int columns = columns_of(own.rows), begin = blockIdx.y * columns;
   int end = min(begin + columns, min((seq_lens[own.row] - 1) / block_size, width));
-  if (begin >= end) return;
   table += (int64_t)own.row * width, parents += own.slot;
-  for (int i = tid; i < own.rows * columns; i += THREADS) {
-    int column = begin + i % columns;
-    if (column < end) tile[i] = table[(int64_t)parents[i / columns] * width + column];
-  }
-  __syncthreads();  // all tables are read
-  for (int i = tid; i < own.rows * columns; i += THREADS) {
-    int column = begin + i % columns;
-    if (column < end) table[(int64_t)(i / columns) * width + column] = tile[i];
+  for (int i = threadIdx.x; i < own.rows * columns; i += THREADS) {
+    int row = i / columns, column = begin + i % columns, parent = parents[row];
+    if (column < end && parent != row) table[(int64_t)row * width + column] = table[(int64_t)parent * width + column];
   }
 }
 
