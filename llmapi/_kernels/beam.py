@@ -49,40 +49,26 @@ def candidates(logprobs: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor
     return out
 
 
-def reorder_tables(
-    source: Tensor, target: Tensor, parents: Tensor, lengths: Tensor, spares: Tensor, block_size: int
-) -> tuple[list[tuple[int, int]], int]:
-    """Block tables for the next step; see :func:`llmapi._kernels.beam_cuda.reorder_tables`.
+def move_tables(table: Tensor, parents: Sequence[int], length: int, block_size: int) -> list[tuple[int, int]]:
+    """Block tables of one search for the next step; see :func:`llmapi._kernels.beam_reorder_cuda.move_beams`.
 
     Args:
-        source: ``[S, M]`` int32.
-        target: ``[N, M]`` int32, written; other memory than ``source``.
-        parents, spares: ``[N]`` int32.
-        lengths: ``[S]`` int32.
+        table: ``[R, M]`` int32, changed.
+        parents: the row that each goes on from.
+        length: tokens of each row in the cache.
         block_size: tokens of a block.
 
     Returns:
-        The pairs of blocks to be copied, and how many rows lack a spare.
+        Source and target of each block whose first ``length % block_size`` tokens are to be copied.
     """
+    full, begun = divmod(length, block_size)
+    before = table.clone()
     pairs: list[tuple[int, int]] = []
-    lacking = 0
-    seen: set[int] = set()
-    for row, (parent, spare) in enumerate(zip(parents.tolist(), spares.tolist(), strict=True)):
-        if parent < 0:
-            continue
-        full, partial = divmod(int(lengths[parent]), block_size)
-        used = min(full + 1, source.shape[1])
-        target[row, :used] = source[parent, :used]
-        if full < used:
-            if not partial and spare >= 0:
-                target[row, full] = spare
-            elif partial and parent in seen:
-                if spare >= 0:
-                    pairs.append((int(source[parent, full]), spare))
-                lacking += spare < 0
-                target[row, full] = spare
-        seen.add(parent)
-    return pairs, lacking
+    for row, parent in enumerate(parents):
+        table[row, :full] = before[parent, :full]
+        if begun and parent != row:
+            pairs.append((int(before[parent, full]), int(before[row, full])))
+    return pairs
 
 
 def request_rows(requests: Sequence[tuple[int, int]]) -> list[slice]:

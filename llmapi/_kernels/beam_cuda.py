@@ -1,4 +1,4 @@
-"""Launches of ``csrc/beam.cu`` and ``csrc/beam_reorder.cu``: the best continuations of beams, and the step to them."""
+"""Launches of ``csrc/beam.cu``: the best continuations of beams."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BEAM_ROW = np.dtype(
         ("beam", "<i4"),
         ("used", "<i4"),
         ("given", "<i4"),
-        ("unused", "<i4"),
+        ("carried", "<i4"),
     ]
 )
 """One row's settings, as ``struct Row`` of ``csrc/beam.cu``; :func:`settings` fills all but the edits.
@@ -45,6 +45,7 @@ k                     candidates wanted of the row: those of its request
 beam                  the row's place in its request, from 0
 used                  0: the row is skipped and nothing of it is read or written
 given                 not 0: ``edited`` already holds the edited log probabilities, and the other edits are ignored
+carried               0: the row's score is that of ``scores``; above: that of place ``carried - 1`` in ``carried``
 ===================== =========================================================================================
 """
 
@@ -58,18 +59,12 @@ MAX_BEAMS = 256
 MAX_CANDIDATES = 1024
 """The most candidates of a request."""
 
-MAX_STEP_ROWS = 4096
-"""The most rows of a step that :func:`reorder_tables` takes."""
-
 _THREADS = 512
-_REORDER = Unit.of("beam_reorder.cu")
-_REORDER_THREADS = 256
-_TILE = 4096  # numbers that a block of the reordering kernels has
 
 
 def units(dtype: str) -> list[Unit]:
     """Every specialization for an element type of the logits."""
-    return [*(_unit(DTYPE_MACRO[dtype], split) for split in (1, 2, 4, 8)), _REORDER]
+    return [_unit(DTYPE_MACRO[dtype], split) for split in (1, 2, 4, 8)]
 
 
 def settings(requests: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
@@ -106,7 +101,7 @@ class Candidates:
 
     Equal scores stand in the order of beams, then of tokens. Candidates of -inf come last, in that order. Where a
     request has fewer than it wants, because all its beams have fewer tokens, the rest have token and beam -1 and -inf;
-    so has all of a request that failed.
+    so has all of a request that failed, but for the first: its score is NaN and its token the reason.
 
     Attributes:
         scores: ``[Q, C]`` float32: the beam's score plus the token's edited log probability.
@@ -180,6 +175,7 @@ class BeamKernels:
         requests: torch.Tensor,
         out: Candidates,
         *,
+        carried: torch.Tensor | None = None,
         edits: torch.Tensor | None = None,
     ) -> None:
         """Choose. Two launches, no wait; may be captured into a CUDA graph.
@@ -190,6 +186,7 @@ class BeamKernels:
             rows: on the device, ``N`` of :data:`BEAM_ROW` as bytes, aligned to 16.
             requests: on the device, ``Q`` of :data:`BEAM_REQUEST` as bytes, aligned to 16; all their rows are used.
             out: written; ``C`` at least the most candidates that a request wants.
+            carried: float32: scores that rows of a positive ``carried`` have; needed where there is one.
             edits: on the device, entries of :data:`~llmapi._kernels.sample_cuda.EDIT` as bytes; needed where a row has
                 any.
         """
@@ -199,7 +196,10 @@ class BeamKernels:
         split = self._split(n)
         choose, merge = self._kernels(split)
         stride, best, found = logits.stride(0), self._best, self._found
-        choose((n * split, 1, 1), _THREADS, logits, stride, self._vocab, rows, scores, edits, best, self._width, found)
+        choose(
+            (n * split, 1, 1), _THREADS, logits, stride, self._vocab, rows, scores, carried, edits, best, self._width,
+            found,
+        )  # fmt: skip
         results = (out.scores, out.tokens, out.beams, out.logprobs)
         threads = 128 if columns <= 16 else 256 if columns <= 64 else 1024
         merge(
@@ -229,93 +229,9 @@ class BeamKernels:
     def _kernels(self, split: int) -> tuple[Kernel, Kernel]:
         unit = _unit(self._macro, split)
         return (
-            self._gpu.kernel(unit, "beam_rows", "plippppip", overlap=True),
+            self._gpu.kernel(unit, "beam_rows", "plipppppip", overlap=True),
             self._gpu.kernel(unit, "beam_merge", "plppipppppip", overlap=True),
         )
-
-
-def reorder_tables(
-    gpu: Gpu,
-    source: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    requests: torch.Tensor,
-    most_rows: int,
-    parents: torch.Tensor,
-    lengths: torch.Tensor,
-    spares: torch.Tensor,
-    tokens: torch.Tensor,
-    block_size: int,
-    pairs: torch.Tensor,
-    totals: torch.Tensor,
-    ids: torch.Tensor,
-) -> None:
-    """Block tables for the next step, the copies of blocks that it needs, and its token ids. One launch.
-
-    Row ``r`` goes on from row ``parents[r]`` of ``source``. Where that row's last block is partly full, its first child
-    (the lowest row) goes on in it, and each further child has ``spares[r]`` in its place and a pair (that block, its
-    spare) in the list of copies, which is in the order of rows. Where the next token begins a block, ``spares[r]`` is
-    put there for every row, unless it is -1. Rows of ``target`` are written as far as they are in use:
-    ``lengths[parents[r]] // block_size + 1`` blocks.
-
-    Args:
-        gpu: where.
-        source: ``[S, M]`` int32, at most :data:`MAX_STEP_ROWS` rows, contiguous.
-        target: ``[at least N, M]`` int32, contiguous. May be ``source`` if the parents of a request's rows are among
-            them.
-        requests: on the device, ``Q`` of :data:`BEAM_REQUEST` as bytes, by which target's rows are divided: each row
-            with a parent belongs to one.
-        most_rows: the most rows of a request.
-        parents: ``[N]`` int32; -1: the row is left alone.
-        lengths: ``[S]`` int32: tokens of each row of ``source`` that are in the cache.
-        spares: ``[N]`` int32: a free block for each row, or -1.
-        tokens: ``[N]`` int32: the token with which each row goes on.
-        block_size: tokens of a block.
-        pairs: ``[at least as many as there are copies, at most N, 2]`` int32, written.
-        totals: ``[2]`` int32, written: how many pairs there are, and how many rows lack a spare: their block is -1.
-        ids: ``[N]`` int32, written: ``tokens``, with 0 for -1.
-
-    Raises:
-        ValueError: too many rows.
-    """
-    count, width, most = len(parents), source.shape[1], max(len(source), len(parents))
-    if most > MAX_STEP_ROWS or most_rows > MAX_BEAMS:
-        raise ValueError(
-            f"{most} rows of a step and {most_rows} of a request are too many: at most {MAX_STEP_ROWS} and {MAX_BEAMS}"
-        )
-    queue = len(requests) // BEAM_REQUEST.itemsize
-    grid = (queue, -(-width // (_TILE // max(1, most_rows))), 1)
-    kernel = gpu.kernel(_REORDER, "beam_tables", "ppiipppppiippp", overlap=True)
-    kernel(
-        grid, _REORDER_THREADS, source, target, width, len(source), requests, parents, lengths, spares, tokens, count,
-        block_size, pairs, totals, ids,
-    )  # fmt: skip
-
-
-def reorder_counts(
-    gpu: Gpu,
-    source: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    requests: torch.Tensor,
-    most_rows: int,
-    parents: torch.Tensor,
-    tokens: torch.Tensor,
-    vocab_size: int,
-) -> None:
-    """Counts of tokens for penalties: each row gets its parent's, and its token counted once more. One launch.
-
-    Args:
-        gpu: where.
-        source: ``[S]`` int64 addresses of int32 ``[V]``: the counts of each row of the step before.
-        target: ``[N]`` int64 addresses of the rows' counts; 0: the row has none. They may be the same memory if the
-            parents of a request's rows are among them, each at its own address.
-        requests, most_rows, parents, tokens: as :func:`reorder_tables`; a token of -1 is not counted.
-        vocab_size: ``V``.
-    """
-    grid = (len(requests) // BEAM_REQUEST.itemsize, -(-vocab_size // (_TILE // max(1, most_rows))), 1)
-    kernel = gpu.kernel(_REORDER, "beam_counts", "ppippp", overlap=True)
-    kernel(grid, _REORDER_THREADS, source, target, vocab_size, requests, parents, tokens)
 
 
 def _unit(macro: str, split: int) -> Unit:

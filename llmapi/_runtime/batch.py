@@ -4,8 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llmapi._runtime.plan import Entry, StepPlan
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Searches whose beams go on from beams that only the device knows.
+
+    Attributes:
+        searches: of each, its first entry in the step, its beams, and its first place among ``parents``.
+        parents: int32 on the engine's device: for each beam, which of its search it goes on from. One that has a
+            continuation stays where it is.
+    """
+
+    searches: list[tuple[int, int, int]]
+    parents: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -16,6 +34,8 @@ class StepBatch:
         logits_indices: rows whose logits are wanted, grouped by entry, ascending.
         logits_rows: for each entry, how many of them are its own.
         copies: ``(source, target)`` blocks copied before anything else.
+        moves: beams that go on from others. ``block_tables`` are those of the step before, each with a block for the
+            new token; the engine makes the step's own of them.
     """
 
     input_ids: list[int]
@@ -27,6 +47,7 @@ class StepBatch:
     logits_indices: list[int]
     logits_rows: list[int]
     copies: list[tuple[int, int]]
+    moves: Moves | None = None
 
 
 def build_batch(plan: StepPlan, block_size: int, prompt_rows_done: Callable[[Entry], int | None]) -> StepBatch:

@@ -12,6 +12,8 @@ The rules are those of transformers' ``generate(num_beams=W)``:
    cannot beat the worst of them, at a length of now (``early_stopping=False``) or, for ``"never"`` and a positive
    penalty, of the limit; or as none goes on.
 
+Who goes on sits in a row, and stays there as far as possible: see :func:`seats`.
+
 Where scores are equal the order of the candidates decides, and a finished one stays before a new one.
 
 Groups (Vijayakumar et al. 2016, arXiv:1610.02424) are searches of ``W / groups`` beams, one after the other within a
@@ -43,6 +45,33 @@ def num_candidates(width: int, num_ends: int) -> int:
         num_ends: how many tokens end a sequence.
     """
     return max(2, 1 + num_ends) * width
+
+
+def seats(parents: Sequence[int], rows: int) -> tuple[list[int | None], list[int]]:
+    """Which row each continuation takes: the first of a beam its row, each further one the next row that nobody takes.
+
+    The kernel ``beam_choose`` does the same (``csrc/beam_reorder.cu``).
+
+    Args:
+        parents: by rank, the row of the beam that it continues; rows that are not among the ``rows`` have no seat.
+        rows: how many there are.
+
+    Returns:
+        By row, the rank of who sits there, or None; and the ranks of those for whom no row is left.
+    """
+    by_row: list[int | None] = [None] * rows
+    late: list[int] = []
+    for rank, row in enumerate(parents):
+        if row < rows and by_row[row] is None:
+            by_row[row] = rank
+        else:
+            late.append(rank)
+    if late:
+        free = [row for row, rank in enumerate(by_row) if rank is None]
+        for row, rank in zip(free, late, strict=False):
+            by_row[row] = rank
+        late = late[len(free) :]
+    return by_row, late
 
 
 def normalized(score: float, length: int, length_penalty: float) -> float:

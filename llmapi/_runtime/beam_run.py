@@ -18,6 +18,7 @@ from llmapi._runtime.beam import (
     normalized,
     num_candidates,
     num_diverse,
+    seats,
 )
 from llmapi._runtime.beam_output import BeamOutputs, Kept, Line
 from llmapi._runtime.candidates import BeamAsk, Found, PendingCandidates
@@ -45,6 +46,9 @@ class Mover(Protocol):
     def adopt(self, heir: Sequence, parent: Sequence) -> None:
         """See :meth:`llmapi._runtime.scheduler.Scheduler.adopt`."""
 
+    def inherit(self, heir: Sequence, parent: Sequence) -> None:
+        """See :meth:`llmapi._runtime.scheduler.Scheduler.inherit`."""
+
     def finish(self, seq: Sequence) -> None:
         """See :meth:`llmapi._runtime.scheduler.Scheduler.finish`."""
 
@@ -63,7 +67,12 @@ class BeamRun:
     """A request's search.
 
     The beams are the request's sequences. A beam that goes on with one token stays the sequence that it is; each
-    further continuation takes the place of a sequence whose beam does not go on, or is a new one.
+    further continuation takes the place of a sequence whose beam does not go on (:func:`llmapi._runtime.beam.seats`),
+    or is a new one.
+
+    While the host waits for a step's candidates, the next step may have been launched, for which the device chose by
+    the same rules: :meth:`reserve` then puts a reference in the place of each beam's token, and :meth:`advance`
+    follows.
 
     Args:
         request: with ``use_beam_search``; its one sequence is the prompt.
@@ -96,21 +105,30 @@ class BeamRun:
             self._kept[request.sequences[0]] = Kept(Transcript.of(p, tokenizer) if self._checks else None)
         self._outputs = BeamOutputs(request, tokenizer)
         self._stopped: FinishReason | None = None
+        self._reserved = False  # whether the sequences end in references
         self._bare = not (grouped or self._kept or self._guided)  # beams carry nothing but their tokens
         self.blocks = 0
         self.over = False
 
     # ---- a step
 
-    def asks(self, first_row: int) -> list[BeamAsk]:
+    @property
+    def steady(self) -> bool:
+        """Whether it has all its beams, and these carry nothing that the host must see between two tokens."""
+        return self._bare and len(self._rows[0]) == self._size
+
+    def asks(self, first_row: int, carried: int | None = None) -> list[BeamAsk]:
         """What to ask of a step.
 
         Args:
             first_row: row of the step's logits that belongs to the request's first sequence; the others follow.
+            carried: where the scores of the beams are on the device, if they are not known here yet; see
+                :class:`BeamAsk`.
         """
         if self._bare:
             self._asked = [0]
-            return [BeamAsk(self._rows[0], self._groups[0].scores, first_row, self._count, self._size == 1)]
+            scores = self._groups[0].scores if carried is None else []
+            return [BeamAsk(self._rows[0], scores, first_row, self._count, self._size == 1, carried)]
         self._asked = [g for g, beams in enumerate(self._groups) if not beams.over]
         greedy = self._request.params.num_beams == 1
         asks: list[BeamAsk] = []
@@ -124,7 +142,21 @@ class BeamRun:
                 first_row += len(rows)
         return asks
 
-    def advance(self, found: list[Found], pending: PendingCandidates, first_ask: int, scheduler: Mover) -> None:
+    def reserve(self, first: int) -> None:
+        """Append the references, unless the step in flight brings the last token.
+
+        Args:
+            first: what the first beam's refers to; the others follow.
+        """
+        beams = self._groups[0]
+        if beams.length + 1 < beams.max_tokens:
+            self._reserved = True
+            for row, seq in enumerate(self._rows[0]):
+                seq.token_ids.append(~(first + row))
+
+    def advance(
+        self, found: list[Found], pending: PendingCandidates, first_ask: int, scheduler: Mover, moved: bool = False
+    ) -> bool:
         """Commit a step's candidates: end, reorder and extend the beams.
 
         Args:
@@ -132,12 +164,21 @@ class BeamRun:
             pending: where they came from.
             first_ask: place of the first ask there.
             scheduler: moves the sequences' blocks.
+            moved: whether the next step was launched, for which the device has moved the beams.
+
+        Returns:
+            False where the beams did not move as on the device, because fewer of them go on than there were: that step
+            is not to be committed for them.
 
         Raises:
             RequestError: the request cannot go on.
         """
-        if self._bare and self._advance_bare(found[0], scheduler):
-            return
+        if self._reserved:
+            self._reserved = False
+            for seq in self._rows[0]:
+                del seq.token_ids[-1]
+        if self._bare and self._advance_bare(found[0], scheduler, moved):
+            return True
         taken: Counter[int] = Counter()
         penalty = self._request.params.diversity_penalty
         moves: list[_Move] = []
@@ -165,10 +206,13 @@ class BeamRun:
         self.over = all(beams.over for beams in self._groups)
         if not beams.length % _LOOK or self.over:
             self._count_blocks()
+        followed = True
         if not self.over:
-            self._reorder(moves, scheduler)
+            followed = not moved or len(moves[0].children) == self._size
+            self._reorder(moves, scheduler, moved and followed)
+        return followed
 
-    def _advance_bare(self, found: Found, scheduler: Mover) -> bool:
+    def _advance_bare(self, found: Found, scheduler: Mover, moved: bool) -> bool:
         """The common case of :meth:`advance`: all beams go on, and they carry nothing but their tokens.
 
         Returns:
@@ -183,26 +227,19 @@ class BeamRun:
         beams.length += 1
         if not beams.length % _LOOK:
             self._count_blocks()
-        by_row: list[int | None] = [None] * width
-        late = []
-        for rank in range(width):
-            row = found.rows[rank]
-            if by_row[row] is None:
-                by_row[row] = rank
-            else:
-                late.append(rank)
-        if late:
-            free = [row for row, known in enumerate(by_row) if known is None]
-            for again, place in zip(late, free, strict=True):
-                parent, heir = seqs[found.rows[again]], seqs[place]
+        move = scheduler.inherit if moved else scheduler.adopt
+        by_row, _ = seats(found.rows[:width], width)
+        for row, rank in enumerate(by_row):
+            assert rank is not None
+            if found.rows[rank] != row:
+                heir, parent = seqs[row], seqs[found.rows[rank]]
                 heir.token_ids = parent.token_ids.copy()
-                scheduler.adopt(heir, parent)
-                by_row[place] = again
+                move(heir, parent)
         going = []
-        for seq, best in zip(seqs, by_row, strict=True):
-            assert best is not None
-            seq.token_ids.append(tokens[best])
-            going.append(scores[best])
+        for seq, rank in zip(seqs, by_row, strict=True):
+            assert rank is not None
+            seq.token_ids.append(tokens[rank])
+            going.append(scores[rank])
         beams.scores = going
         return True
 
@@ -210,8 +247,9 @@ class BeamRun:
         held = set().union(*(seq.block_table for seq in self._request.sequences))
         self.blocks = max(self.blocks, len(held))
 
-    def _reorder(self, moves: list[_Move], scheduler: Mover) -> None:
+    def _reorder(self, moves: list[_Move], scheduler: Mover, moved: bool) -> None:
         """Turn the beams into their continuations: first who stands where, then the tokens."""
+        take = scheduler.inherit if moved else scheduler.adopt
         extended: list[tuple[Sequence, int]] = []
         kept: list[tuple[Sequence, Kept]] = []
         resized, shared, prompt = False, self._shared, self._rows[moves[0].group]
@@ -220,26 +258,19 @@ class BeamRun:
             own = parents.copy() if not shared or (prompt and move.children) else []
             if shared and own:
                 prompt = []  # the prompt's sequence goes on in this group
-            taken: list[Child | None] = [None] * len(own)
-            late: list[Child] = []
-            for child in move.children:
-                if child[0] < len(own) and taken[child[0]] is None:
-                    taken[child[0]] = child
-                else:
-                    late.append(child)
-            free = [row for row, child in enumerate(taken) if child is None]
-            for child in late:
-                parent = parents[child[0]]
-                if free:
-                    row = free.pop(0)
-                    heir = own[row]
+            by_row, late = seats([child[0] for child in move.children], len(own))
+            taken = [None if rank is None else move.children[rank] for rank in by_row]
+            for row, child in enumerate(taken):
+                if child is not None and child[0] != row:
+                    heir, parent = own[row], parents[child[0]]
                     heir.token_ids = parent.token_ids.copy()
-                    scheduler.adopt(heir, parent)
-                    taken[row] = child
-                else:
-                    heir, resized = self._fork(parent, move.group, own, scheduler), True
-                    own.append(heir)
-                    taken.append(child)
+                    take(heir, parent)
+            free = [row for row, child in enumerate(taken) if child is None]
+            for rank in late:
+                child = move.children[rank]
+                own.append(self._fork(parents[child[0]], move.group, own, scheduler))
+                taken.append(child)
+                resized = True
             if self._kept:
                 kept += [(seq, self._heirloom(parents[c[0]], c, move)) for seq, c in zip(own, taken, strict=True) if c]
             for row in free:
@@ -331,17 +362,18 @@ class BeamRun:
             finished = [f for beams in self._groups for f in beams.finished]
             return self._outputs.final(finished, self._stopped)
         score, seq = max(self._running(), key=lambda pair: pair[0])
-        length = seq.num_output
-        worth = normalized(score, length, self._request.params.length_penalty) if length else None
-        return [self._outputs.leading(Line(seq.output_ids, self._kept.get(seq)), worth)]
+        ids = seq.output_ids
+        worth = normalized(score, len(ids), self._request.params.length_penalty) if ids else None
+        return [self._outputs.leading(Line(ids, self._kept.get(seq)), worth)]
 
     def stop(self, reason: FinishReason) -> None:
         """End the search before its time: its beams count as finished."""
         if self._stopped is None and not self.over:
             for beams, seqs in zip(self._groups, self._rows, strict=True):
                 for score, seq in zip(beams.scores, seqs, strict=False):
-                    worth = normalized(score, max(1, seq.num_output), self._request.params.length_penalty)
-                    line = Line(seq.output_ids, self._kept.get(seq))
+                    ids = seq.output_ids
+                    worth = normalized(score, max(1, len(ids)), self._request.params.length_penalty)
+                    line = Line(ids, self._kept.get(seq))
                     beams.finished.append(Finished(worth, score, 0, 0, reason, None, line))
         self._stopped = reason
 

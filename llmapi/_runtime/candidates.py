@@ -7,16 +7,18 @@ normalizing again, plus the score of the beam. Only the short lists of candidate
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llmapi._runtime.beam import num_candidates
 from llmapi._runtime.draw import largest
 from llmapi._runtime.logit_edits import LogitEdits
-from llmapi._runtime.no_choice import no_choice
-from llmapi._runtime.request import Sequence
+from llmapi._runtime.no_choice import failed, no_choice
+from llmapi._runtime.request import Request, Sequence
 from llmapi.errors import RequestError
 
 
@@ -30,6 +32,9 @@ class BeamAsk:
         first_row: row of the step's logits that belongs to the first; the others follow.
         count: candidates wanted.
         greedy: edits act on logits, not on log probabilities, as they do in greedy decoding.
+        carried: first place of the beams among those that the step before chose, where their scores are then; None:
+            they are in ``scores``.
+        ends: tokens that end the search's sequences, where the device is to choose who goes on; None where it is not.
     """
 
     sequences: list[Sequence]
@@ -37,6 +42,8 @@ class BeamAsk:
     first_row: int
     count: int
     greedy: bool = False
+    carried: int | None = None
+    ends: frozenset[int] | None = None
 
 
 @dataclass(slots=True)
@@ -60,12 +67,56 @@ class Spans:
     Attributes:
         first, rows, counts: int32: first row of logits, number of rows, candidates wanted.
         cumulative: ``[N]`` float32, the score of the beam of each row of logits.
+        carried: as in :class:`BeamAsk`; empty where nothing is carried.
+        before: ``[R]`` float32 on the device: the scores that are.
     """
 
     first: list[int]
     rows: list[int]
     counts: list[int]
     cumulative: Tensor
+    carried: list[int | None] = field(default_factory=list)
+    before: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Chosen:
+    """Who goes on, on the device: for each place, a beam of a search whose continuations were chosen there.
+
+    Attributes:
+        parents, tokens: ``[R]`` int32: which beam of its search it goes on from, with which token.
+        scores: ``[R]`` float32: its cumulative score.
+        slots: first place of each such ask, by ask.
+    """
+
+    parents: Tensor
+    tokens: Tensor
+    scores: Tensor
+    slots: dict[int, int]
+
+
+class Chooser(Protocol):
+    """Chooses who goes on, on the device.
+
+    Attributes:
+        max_rows: the most rows of logits that it finds candidates of.
+    """
+
+    max_rows: int
+
+    def fits(self, rows: int, count: int) -> bool:
+        """Whether it serves searches of so many beams and candidates."""
+
+    def choose(self, found: Tensor, asks: list[tuple[int, BeamAsk]]) -> Tensor:
+        """Queue it.
+
+        Args:
+            found: the result of :data:`Select`.
+            asks: searches, each after its place there.
+
+        Returns:
+            ``[3, R]`` int32: parents, tokens, and scores as the bits of float32, search after search.
+        """
 
 
 Select = Callable[[Tensor, Spans, bool], Tensor]
@@ -73,7 +124,8 @@ Select = Callable[[Tensor, Spans, bool], Tensor]
 
 ``K`` is the largest count. Plane 0 holds scores as the bits of float32, plane 1 tokens, plane 2 rows within the search;
 each search's candidates stand best first, equal scores by row and then by token, and what is beyond its count, or its
-rows times V, has the score -inf. ``normalized`` says that the logits are log probabilities already (float32).
+rows times V, has the score -inf. ``normalized`` says that the logits are log probabilities already (float32). A row's
+NaN makes its search's first score NaN; a kernel then says row -1, and why in the token (:func:`no_choice.failed`).
 """
 
 
@@ -115,26 +167,44 @@ class Candidates:
         vocab_size: width of the logits.
         edits: of the requests.
         select: how they are found.
+        chooser: chooses who goes on; None where the device cannot.
     """
 
-    def __init__(self, vocab_size: int, edits: LogitEdits, select: Select = select) -> None:
+    def __init__(
+        self, vocab_size: int, edits: LogitEdits, select: Select = select, chooser: Chooser | None = None
+    ) -> None:
         self._vocab = vocab_size
         self._edits = edits
         self._select = select
+        self._chooser = chooser
+
+    def chooses(self, request: Request) -> bool:
+        """Whether the device can choose who goes on in a search of one group."""
+        width = request.params.num_beams
+        if self._chooser is None or not self._chooser.fits(width, num_candidates(width, len(request.stop_token_ids))):
+            return False
+        return self._edits.never(request.params)
 
     @torch.no_grad()
-    def start(self, logits: Tensor, asks: list[BeamAsk]) -> PendingCandidates:
+    def start(self, logits: Tensor, asks: list[BeamAsk], before: Chosen | None = None) -> PendingCandidates:
         """Begin to find candidates.
 
         Args:
             logits: ``[N, V]`` of the step, of any float dtype; kept until :meth:`PendingCandidates.result`.
             asks: what is wanted.
+            before: what the step before chose; needed where an ask's scores are carried.
         """
         pending = PendingCandidates(logits, asks)
         plain: list[int] = []
         edited: list[int] = []
+        ahead: list[int] = []
         for i, ask in enumerate(asks):
-            (edited if any(map(self._edits.wanted, ask.sequences)) else plain).append(i)
+            if ask.carried is not None or ask.ends is not None:
+                ahead.append(i)
+            else:
+                (edited if any(map(self._edits.wanted, ask.sequences)) else plain).append(i)
+        if ahead:
+            self._start_ahead(pending, ahead, before)
         if plain:
             x, own = _own_rows(logits, [asks[i] for i in plain])
             pending.add(plain, self._select(x, _spans(own, len(x)), False))
@@ -145,6 +215,23 @@ class Candidates:
                 self._start_edited(pending, members, on_logits)
         pending.seal()
         return pending
+
+    def _start_ahead(self, pending: PendingCandidates, members: list[int], before: Chosen | None) -> None:
+        """Find candidates of searches that the host has not caught up with, or need not."""
+        assert self._chooser is not None
+        x, own = _own_rows(pending.logits, [pending.asks[i] for i in members], self._chooser.max_rows)
+        spans = _spans(own, len(x))
+        spans.carried, spans.before = [ask.carried for ask in own], None if before is None else before.scores
+        found = self._select(x, spans, False)
+        wanted = [(place, ask) for place, ask in enumerate(own) if ask.ends is not None]
+        if wanted:
+            slots, at = {}, 0
+            for place, ask in wanted:
+                slots[members[place]] = at
+                at += len(ask.sequences)
+            parents, tokens, scores = self._chooser.choose(found, wanted)
+            pending.chosen = Chosen(parents, tokens, scores.view(torch.float32), slots)
+        pending.add(members, found)
 
     def _start_edited(self, pending: PendingCandidates, members: list[int], on_logits: bool) -> None:
         asks = [pending.asks[i] for i in members]
@@ -170,13 +257,14 @@ class Candidates:
         pending.add(members, self._select(x, _spans(packed, len(x)), not on_logits))
 
 
-def _own_rows(logits: Tensor, asks: list[BeamAsk]) -> tuple[Tensor, list[BeamAsk]]:
-    """The logits without rows that nobody asks for, where those are most, as in a step that computes prompts."""
+def _own_rows(logits: Tensor, asks: list[BeamAsk], most: int | None = None) -> tuple[Tensor, list[BeamAsk]]:
+    """The logits without rows that nobody asks for, where those are most, as in a step that computes prompts; or where
+    there are more than ``most``."""
     rows = sorted({ask.first_row + row for ask in asks for row in range(len(ask.sequences))})
-    if 2 * len(rows) >= len(logits):
+    if 2 * len(rows) >= len(logits) and (most is None or len(logits) <= most or len(rows) == len(logits)):
         return logits, asks
     place = {row: i for i, row in enumerate(rows)}
-    moved = [BeamAsk(ask.sequences, ask.scores, place[ask.first_row], ask.count) for ask in asks]
+    moved = [replace(ask, first_row=place[ask.first_row]) for ask in asks]
     return logits[torch.tensor(rows, device=logits.device)], moved
 
 
@@ -198,12 +286,15 @@ class PendingCandidates:
         asks: what was asked for.
         errors: by ask, why it failed.
         edited: edited logits of an ask's rows, by ask.
+        chosen: who goes on, where the device chose for some of the asks.
     """
 
     logits: Tensor
     asks: list[BeamAsk]
     errors: dict[int, RequestError] = field(default_factory=dict)
     edited: dict[int, Tensor] = field(default_factory=dict)
+    chosen: Chosen | None = None
+    _reasons: dict[int, int] = field(default_factory=dict)
     _parts: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _arrived: torch.cuda.Event | None = None
 
@@ -231,6 +322,8 @@ class PendingCandidates:
             width = planes.shape[2]
             for place, i in enumerate(members):
                 count = self.asks[i].count
+                if scores[place][0] != scores[place][0] and rows[place][0] < 0:
+                    self._reasons[i] = tokens[place][0]
                 if count == width:
                     out[i] = Found(scores[place], rows[place], tokens[place])
                 else:
@@ -247,7 +340,9 @@ class PendingCandidates:
         return self.logits[first : first + len(self.asks[ask].sequences)]
 
     def no_choice(self, ask: int) -> RequestError:
-        """Say why nothing can follow an ask's beams."""
+        """Say why nothing can follow an ask's beams; after :meth:`result`."""
+        if ask in self._reasons:
+            return failed(self._reasons[ask], self.logits.shape[1], self.asks[ask].sequences[0])
         raw = self.rows_of(ask)
         edited = self.edited.get(ask, raw)
         bad = (raw.isnan().any(1) | edited.isnan().any(1)).nonzero()

@@ -7,15 +7,19 @@ import torch
 from torch import Tensor
 
 from llmapi._kernels.beam_cuda import BEAM_REQUEST, BEAM_ROW, MAX_BEAMS, MAX_CANDIDATES, BeamKernels, Candidates
+from llmapi._kernels.beam_reorder_cuda import BEAM_CHOICE, choose_beams
 from llmapi._kernels.gpu import Gpu
-from llmapi._runtime.candidates import Spans, select
+from llmapi._runtime.beam_moves import upload
+from llmapi._runtime.candidates import BeamAsk, Spans, select
 
 
 class KernelSelect:
-    """Finds candidates as :func:`llmapi._runtime.candidates.select` does, in two launches for all searches of a step.
+    """Finds candidates as :func:`llmapi._runtime.candidates.select` does, in two launches for all searches of a step;
+    and chooses who goes on, in a third.
 
     What the kernels do not serve is done by torch's operators: groups that still share the row of their prompt, edited
-    logits of a search of one beam, more than 1024 candidates of a search, more rows than sequences.
+    logits of a search of one beam, more than 1024 candidates of a search, more rows than sequences. None of that is
+    asked for where scores are carried.
 
     Args:
         gpu: where.
@@ -25,19 +29,23 @@ class KernelSelect:
     """
 
     def __init__(self, gpu: Gpu, *, vocab_size: int, max_rows: int, logits_dtype: torch.dtype) -> None:
-        self._gpu, self._vocab, self._max_rows, self._dtype = gpu, vocab_size, max_rows, logits_dtype
+        self._gpu, self._vocab, self._dtype = gpu, vocab_size, logits_dtype
+        self.max_rows = max_rows
         self._kernels: BeamKernels | None = None  # compiled, and given memory, with the first search
-        self._shape: tuple[list[int], list[int], list[int], int, int] | None = None
+        self._shape: tuple[list[int], list[int], list[int], list[int | None], int, int] | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._choices: list[tuple[int, int, int, frozenset[int] | None]] = []
+        self._chooser: tuple[Tensor, Tensor] | None = None
         self.launches = 0
 
     def __call__(self, logits: Tensor, spans: Spans, normalized: bool) -> Tensor:
-        """See :data:`llmapi._runtime.candidates.Select`. A row's NaN makes its search's first score NaN."""
+        """See :data:`llmapi._runtime.candidates.Select`."""
         if not self._serves(logits, spans, normalized):
+            assert spans.before is None, "carried scores have no other way"
             return select(logits, spans, normalized)
         if self._kernels is None:
             self._kernels = BeamKernels(
-                self._gpu, vocab_size=self._vocab, max_rows=self._max_rows, max_candidates=MAX_CANDIDATES,
+                self._gpu, vocab_size=self._vocab, max_rows=self.max_rows, max_candidates=MAX_CANDIDATES,
                 logits_dtype=self._dtype,
             )  # fmt: skip
         rows, requests = self._settings(spans, len(logits), logits.data_ptr() if normalized else 0)
@@ -45,21 +53,47 @@ class KernelSelect:
             flat = torch.zeros(1, self._vocab, dtype=self._dtype, device=logits.device)
             logits = flat.expand(len(logits), -1)
         device, count, width = self._gpu.device, len(spans.first), max(spans.counts)
-        staging = torch.empty(len(logits), dtype=torch.float32, pin_memory=device.type == "cuda")
-        scores = staging.copy_(spans.cumulative).to(device, non_blocking=True)
+        if spans.carried and None not in spans.carried:
+            scores = torch.empty(len(logits), dtype=torch.float32, device=device)  # nobody reads them
+        else:
+            staging = torch.empty(len(logits), dtype=torch.float32, pin_memory=device.type == "cuda")
+            scores = staging.copy_(spans.cumulative).to(device, non_blocking=True)
         planes = torch.empty(3, count, width, dtype=torch.int32, device=device)
         values = planes[0].view(torch.float32)
         logprobs = torch.empty(count, width, dtype=torch.float32, device=device)
-        reasons = torch.zeros(count, dtype=torch.int32, device=device)
+        reasons = torch.empty(count, dtype=torch.int32, device=device)
         out = Candidates(values, planes[1], planes[2], logprobs, reasons)
-        self._kernels(logits, scores, rows, requests, out)
-        values[:, 0].masked_fill_(reasons != 0, torch.nan)
+        self._kernels(logits, scores, rows, requests, out, carried=spans.before)
         self.launches += 1
         return planes
 
+    def fits(self, rows: int, count: int) -> bool:
+        """See :class:`llmapi._runtime.candidates.Chooser`."""
+        return rows <= min(MAX_BEAMS, self.max_rows) and count <= MAX_CANDIDATES
+
+    def choose(self, found: Tensor, asks: list[tuple[int, BeamAsk]]) -> Tensor:
+        """See :class:`llmapi._runtime.candidates.Chooser`."""
+        wanted = [(place, len(ask.sequences), ask.count, ask.ends) for place, ask in asks]
+        if self._chooser is None or self._choices != wanted:
+            choices = np.zeros(len(wanted), dtype=BEAM_CHOICE)
+            ends: list[int] = []
+            slot = 0
+            for own, (place, rows, count, tokens) in zip(choices, wanted, strict=True):
+                start = len(ends)
+                ends += sorted(tokens or ())
+                own["list"], own["rows"], own["k"], own["slot"] = place, rows, count, slot
+                own["ends"], own["ends_stop"] = start, len(ends)
+                slot += rows
+            listed = torch.tensor([*ends, -1], dtype=torch.int32, device=self._gpu.device)
+            self._chooser, self._choices = (upload(choices, self._gpu.device), listed), wanted
+        total = sum(rows for _, rows, _, _ in wanted)
+        chosen = torch.empty(3, total, dtype=torch.int32, device=self._gpu.device)
+        choose_beams(self._gpu, found, *self._chooser, chosen)
+        return chosen
+
     def _serves(self, logits: Tensor, spans: Spans, normalized: bool) -> bool:
         shared = len(set(spans.first)) < len(spans.first)
-        large = max(spans.counts) > MAX_CANDIDATES or max(spans.rows) > MAX_BEAMS or len(logits) > self._max_rows
+        large = max(spans.counts) > MAX_CANDIDATES or max(spans.rows) > MAX_BEAMS or len(logits) > self.max_rows
         fits = logits.dtype == (torch.float32 if normalized else self._dtype) and logits.is_contiguous()
         return fits and not (shared or large)
 
@@ -71,7 +105,7 @@ class KernelSelect:
             total: rows of logits.
             given: address of log probabilities to be taken instead; 0: of the logits.
         """
-        shape = spans.first, spans.rows, spans.counts, total, given
+        shape = spans.first, spans.rows, spans.counts, spans.carried, total, given
         if self._tables is None or self._shape != shape:
             table = np.zeros(total, dtype=BEAM_ROW)
             table["repetition"] = 1.0
@@ -80,16 +114,13 @@ class KernelSelect:
             beam = np.arange(len(owners)) - np.repeat(np.cumsum([0, *spans.rows[:-1]]), spans.rows)
             at = first[owners] + beam
             table["k"][at], table["beam"][at], table["used"][at] = counts[owners], beam, 1
+            for start, rows, place in zip(spans.first, spans.rows, spans.carried, strict=False):
+                if place is not None:
+                    table["carried"][start : start + rows] = place + 1 + np.arange(rows)
             if given:
                 table["edited"], table["given"] = given + 4 * self._vocab * np.arange(total, dtype=np.uint64), 1
             requests = np.zeros(len(spans.first), dtype=BEAM_REQUEST)
             requests["first"], requests["rows"], requests["k"] = spans.first, spans.rows, spans.counts
-            self._tables = self._upload(table), self._upload(requests)
+            self._tables = upload(table, self._gpu.device), upload(requests, self._gpu.device)
             self._shape = shape
         return self._tables
-
-    def _upload(self, table: np.ndarray[tuple[int], np.dtype[np.void]]) -> Tensor:
-        device = self._gpu.device
-        staging = torch.empty(table.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        staging.numpy()[:] = table.view(np.uint8)
-        return staging.to(device, non_blocking=True)

@@ -23,8 +23,10 @@ class Engine(ABC):
     Attributes:
         spec, config: what it was built for.
         num_blocks: KV blocks it has.
+        moves_beams: whether it runs batches with :class:`~llmapi._runtime.batch.Moves`.
     """
 
+    moves_beams = False
     spec: TransformerSpec
     config: EngineConfig
     num_blocks: int

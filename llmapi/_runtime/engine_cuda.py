@@ -13,6 +13,7 @@ from llmapi._build.graph import Graph
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.step_cuda import copy_blocks, resolve_ids
 from llmapi._runtime.batch import StepBatch
+from llmapi._runtime.beam_moves import BeamMover
 from llmapi._runtime.bind_cuda import Binder, CudaPlan
 from llmapi._runtime.engine import Engine, num_kv_blocks
 from llmapi._runtime.fit import RESERVE
@@ -46,6 +47,8 @@ class CudaEngine(Engine):
     Raises:
         ConfigError: the weights or the KV cache do not fit.
     """
+
+    moves_beams = True
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class CudaEngine(Engine):
         pointers = [cache.data_ptr() for cache in self._caches.values()]
         self._cache_pointers = torch.tensor(pointers, dtype=torch.int64, device=device)
         self._block_bytes = next(iter(self._caches.values()))[0].nbytes
+        self._mover = BeamMover(gpu, self._cache_pointers, config.block_size, self._block_bytes // config.block_size)
         self._graphs = Graphs(gpu, config.max_batch_size, config.max_num_tokens)
 
     def sampler(self, tokenizer: SamplerTokenizer | None) -> Sampler:
@@ -134,6 +138,8 @@ class CudaEngine(Engine):
         wanted = StepShape(tokens, len(batch.seq_lens), len(batch.logits_indices), decodes == tokens, decodes == 0)
         shape = self._graphs.shape(wanted) if graphs else None
         arrays = self._buffers.upload(batch, shape or wanted, decodes).device
+        if batch.moves is not None:
+            self._mover(batch.moves, self._buffers.tables, arrays["seq_lens"])
         resolve_ids(self._gpu, arrays["source_ids"], sampled, arrays["input_ids"])
         plan = CudaPlan.of(arrays, wanted, decodes) if shape is None else CudaPlan.any(arrays, shape)
         return shape, plan, arrays
@@ -177,7 +183,7 @@ class CudaEngine(Engine):
         self._closed = True
         self._gpu.synchronize()
         self._graphs.close()
-        del self._program, self._caches, self._binder, self._buffers, self._cache_pointers
+        del self._program, self._caches, self._binder, self._buffers, self._cache_pointers, self._mover
         gc.collect()
         self._gpu.close()
 

@@ -3,6 +3,8 @@
 Invariants, asserted by the scheduler's randomized test:
     - Sequences are parked behind another one of their request that waits or runs, and own no block.
     - A sequence that takes over another's blocks holds one reference to each, and none to those that it had.
+    - A sequence whose last block is begun is the only owner of that block once it has written to it; so an heir that
+      has no continuation of its own can lend its last block to what it inherits.
 """
 
 from __future__ import annotations
@@ -73,11 +75,7 @@ def take_over(pool: BlockPool, heir: Sequence, parent: Sequence) -> tuple[int, i
     if partial and pool.counts[old[last]] == 1 and old[:last] == new[:last]:
         pool.retain(new[last])
         return new[last], old[last]
-    same = min(len(old), len(new))
-    while same and old[same - 1] != new[same - 1]:
-        same -= 1
-    if old[:same] != new[:same]:  # found in the prefix cache at different times
-        same = 0
+    same = _common(old, new, min(len(old), len(new)))
     for block in new[same:]:
         pool.retain(block)
     for block in reversed(old[same:]):
@@ -85,6 +83,38 @@ def take_over(pool: BlockPool, heir: Sequence, parent: Sequence) -> tuple[int, i
     heir.block_table = new.copy()
     heir.block_hashes = parent.block_hashes.copy()
     return None
+
+
+def inherit(pool: BlockPool, heir: Sequence, parent: Sequence) -> None:
+    """:func:`take_over`, where the step that was planned last has moved the blocks on the device already.
+
+    That step computes the next token of both. The heir keeps its last block, to which it writes that token, and which
+    got whatever the parent had begun; of the full blocks before it, it gets the parent's.
+
+    Args:
+        pool: counts the owners.
+        heir, parent: of the same request, with as many computed tokens.
+    """
+    assert heir.num_computed == parent.num_computed, "they are not in lockstep"
+    old, new, full = heir.block_table, parent.block_table, heir.num_computed // pool.block_size
+    assert len(old) == len(new) == full + 1 and pool.counts[old[full]] == 1, "the last block is not the heir's own"
+    same = _common(old, new, full)
+    if same == full:
+        return
+    for block in new[same:full]:
+        pool.retain(block)
+    for block in reversed(old[same:full]):
+        pool.release(block)
+    heir.block_table = [*new[:full], old[full]]
+    heir.block_hashes = parent.block_hashes.copy()
+
+
+def _common(old: list[int], new: list[int], most: int) -> int:
+    """How many blocks two tables begin with in common, of the first ``most``; looked for from the end."""
+    same = most
+    while same and old[same - 1] != new[same - 1]:
+        same -= 1
+    return same if old[:same] == new[:same] else 0  # found in the prefix cache at different times
 
 
 def branch_blocks(pool: BlockPool, seq: Sequence, leader: Sequence) -> None:

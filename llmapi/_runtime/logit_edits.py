@@ -60,6 +60,10 @@ class LogitEdits:
         params = sequence.request.params
         return self._plans(params).edits or sequence.guide is not None or _held_back(sequence)
 
+    def never(self, params: SamplingParams) -> bool:
+        """Whether no logits of such a request are ever changed."""
+        return not (self._plans(params).edits or params.min_tokens or params.guided_decoding)
+
     def apply(self, x: Tensor, sequences: Rows[Sequence]) -> list[RequestError | None]:
         """Edit row ``i`` of ``x`` as ``sequences[i]`` asks.
 

@@ -13,8 +13,8 @@ from functools import partial
 
 import torch
 
-from llmapi._runtime.batch import build_batch, wanted_positions
-from llmapi._runtime.candidates import BeamAsk, Found
+from llmapi._runtime.batch import Moves, build_batch, wanted_positions
+from llmapi._runtime.candidates import BeamAsk, Chosen, Found
 from llmapi._runtime.engine import Engine, run_step
 from llmapi._runtime.flight import BeamTurn, Flight
 from llmapi._runtime.job import Job
@@ -36,6 +36,11 @@ class EngineLoop:
         engine: owned by the loop from now on.
         scheduler: over the engine's blocks.
         sampler: for the engine's vocabulary.
+
+    Attributes:
+        steps: how many were launched.
+        plans_beams_ahead: whether the next step of a search is launched before this one's candidates are known, where
+            engine and sampler can do that; off for comparison.
     """
 
     def __init__(self, engine: Engine, scheduler: Scheduler, sampler: Sampler) -> None:
@@ -51,6 +56,7 @@ class EngineLoop:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self.steps = 0
+        self.plans_beams_ahead = True
 
     # ---- called from any thread
 
@@ -127,7 +133,10 @@ class EngineLoop:
             self._land()
             return
         flight = self._launch(plan)
-        self._land()
+        self._land(flight)
+        if flight.dropped:
+            plan.entries = [entry for entry in plan.entries if entry.seq.request not in flight.dropped]
+            flight.drop()
         self._scheduler.commit(plan)
         self._flight = flight
         if flight.overlaps:
@@ -140,8 +149,11 @@ class EngineLoop:
         for request in {entry.seq.request: None for entry in plan.entries}:
             self._jobs[request].start()
         batch = build_batch(plan, self._engine.config.block_size, self._prompt_rows_done)
-        before = None if self._flight is None or self._flight.pending is None else self._flight.pending.ids
-        hidden, logits = run_step(self._engine, plan, batch, before)
+        flying = Flight([], None, overlaps=True) if self._flight is None else self._flight
+        chosen, slots = flying.chosen, flying.slots()
+        moved = {entry.seq.request for entry in plan.entries} & slots.keys()
+        batch.moves = _moves(plan, slots, chosen)
+        hidden, logits = run_step(self._engine, plan, batch, flying.ids())
         rows: list[SampleRow] = []
         picked: list[int] = []
         probed: list[Job] = []
@@ -161,7 +173,8 @@ class EngineLoop:
                 self._keep_prompt_rows(job, entry, logits[first : first + count])
             if entry.produces_logits and job.beams is not None:
                 if not turns or turns[-1].job is not job:  # the rows of its other beams follow
-                    turns.append(BeamTurn(job, len(asks), job.beams.asks(first + count - 1)))
+                    carried = slots.get(job.request)
+                    turns.append(BeamTurn(job, len(asks), job.beams.asks(first + count - 1, carried)))
                     asks += turns[-1].asks
             elif entry.produces_logits:
                 rows.append(SampleRow(entry.seq, _draws(entry.seq)))
@@ -170,29 +183,43 @@ class EngineLoop:
                 waits = waits or self._sampler.waits(rows[-1])
             first += count
         self.steps += 1
+        overlaps = overlaps and all(self._goes_ahead(turn.job) for turn in turns)
+        flight = Flight(rows, None, overlaps, probed, turns, moved=moved)
         if not rows and not turns:
-            return Flight(rows, None, overlaps=True, probed=probed)
-        if (turns or waits) and self._flight is not None:
-            self._land()  # what these rows are sampled by may depend on the tokens before
+            return flight
+        if waits or not overlaps:
+            self._land(flight)  # what these rows are sampled by may depend on the tokens before
             going = [i for i, row in enumerate(rows) if not row.sequence.finished]  # not ended by those
-            rows, picked = [rows[i] for i in going], [picked[i] for i in going]
-        flight = Flight(rows, None, overlaps and not turns, probed, turns)
+            flight.rows, picked = [rows[i] for i in going], [picked[i] for i in going]
         if turns:
-            flight.candidates = self._sampler.candidates.start(logits, asks)
-        if rows:
+            if overlaps:
+                for turn in turns:
+                    turn.asks[0].ends = turn.job.request.stop_token_ids
+            flight.candidates = self._sampler.candidates.start(logits, asks, chosen)
+        if flight.rows:
             wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked, device=logits.device)]
-            flight.pending = self._sampler.start(wanted, rows)
+            flight.pending = self._sampler.start(wanted, flight.rows)
         return flight
 
-    def _land(self) -> None:
-        """Wait for the tokens of the step in flight, if there is one, and turn them into what happens next."""
+    def _goes_ahead(self, job: Job) -> bool:
+        """Whether the next step of a search may be launched before this one's candidates are known here."""
+        assert job.beams is not None
+        able = self.plans_beams_ahead and self._engine.moves_beams
+        return able and job.beams.steady and self._sampler.candidates.chooses(job.request)
+
+    def _land(self, following: Flight | None = None) -> None:
+        """Wait for the tokens of the step in flight, if there is one, and turn them into what happens next.
+
+        Args:
+            following: the step that was launched after it, if one was.
+        """
         flight, self._flight = self._flight, None
         if flight is None:
             return
         for job in flight.probed:
             self._end_probe(job)
         if flight.candidates is not None:
-            self._land_beams(flight, flight.candidates.result())
+            self._land_beams(flight, flight.candidates.result(), following)
         if flight.pending is None:
             return
         for row, reserved, sampled in zip(flight.rows, flight.reserved(), flight.pending.result(), strict=True):
@@ -205,7 +232,7 @@ class EngineLoop:
                 log.exception("request %s failed", owner.request.id)
                 self._fail(owner, error)
 
-    def _land_beams(self, flight: Flight, found: list[Found]) -> None:
+    def _land_beams(self, flight: Flight, found: list[Found], following: Flight | None) -> None:
         for turn in flight.turns:
             job, first = turn.job, turn.first_ask
             if job.request not in self._jobs:
@@ -213,7 +240,11 @@ class EngineLoop:
             assert job.beams is not None and flight.candidates is not None
             try:
                 job.note_token(self.steps)
-                job.beams.advance(found[first : first + len(turn.asks)], flight.candidates, first, self._scheduler)
+                own = found[first : first + len(turn.asks)]
+                moved = following is not None and job.request in following.moved
+                if not job.beams.advance(own, flight.candidates, first, self._scheduler, moved):
+                    assert following is not None
+                    following.dropped.add(job.request)
                 if job.beams.over:
                     self._end_job(job, None)
                 elif job.streaming:
@@ -385,3 +416,23 @@ def _draws(seq: Sequence) -> int:
     """Tokens to draw from a sequence's logits: ``n`` or ``best_of`` when its request is about to fork, else 1."""
     request = seq.request
     return request.params.num_drawn if len(request.sequences) == 1 and seq.num_output == 0 else 1
+
+
+def _moves(plan: StepPlan, slots: dict[Request, int], chosen: Chosen | None) -> Moves | None:
+    """The searches of a plan whose beams go on from beams that only the device knows.
+
+    Args:
+        plan: the step.
+        slots: see :meth:`Flight.slots`.
+        chosen: what the step before chose.
+    """
+    if chosen is None:
+        return None
+    searches: list[tuple[int, int, int]] = []
+    last: Request | None = None
+    for row, entry in enumerate(plan.entries):
+        request = entry.seq.request
+        if request is not last and len(request.sequences) > 1 and request in slots:
+            searches.append((row, len(request.sequences), slots[request]))
+        last = request
+    return Moves(searches, chosen.parents) if searches else None

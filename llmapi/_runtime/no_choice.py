@@ -29,3 +29,19 @@ def no_choice(raw: Tensor, edited: Tensor, sequence: Sequence) -> RequestError:
         f"{where}: no token is left of {edited.numel()}: logits_processors, guided_decoding, min_tokens, logit_bias "
         "and bad_words exclude all of them. Loosen one"
     )
+
+
+def failed(reason: int, vocab: int, sequence: Sequence) -> RequestError:
+    """:func:`no_choice` by what a kernel says of the row.
+
+    Args:
+        reason: how many logits are NaN; -1: all are -inf; else below 0.
+        vocab: width of the logits.
+        sequence: as of :func:`no_choice`.
+    """
+    raw, edited = torch.zeros(2, vocab)
+    if reason > 0:
+        raw[:reason] = torch.nan
+    elif reason == -1:
+        raw[:] = -torch.inf
+    return no_choice(raw, edited, sequence)

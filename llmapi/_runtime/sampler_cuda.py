@@ -109,7 +109,7 @@ class CudaSampler(Sampler):
         self._gpu, self._device = gpu, gpu.device
         self._kernels = SampleKernels(gpu, vocab_size=vocab_size, max_rows=max_rows, logits_dtype=logits_dtype)
         found = KernelSelect(gpu, vocab_size=vocab_size, max_rows=max_rows, logits_dtype=logits_dtype)
-        self.candidates = Candidates(vocab_size, self._edits, found)
+        self.candidates = Candidates(vocab_size, self._edits, found, found)
         self._counts = TokenCounts(vocab_size, gpu.device)
         self._scratch: Tensor | None = None  # [rows, V] float32: edited logits
         self._settings = ParamsMemo(self._prepare)

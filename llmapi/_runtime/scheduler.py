@@ -19,6 +19,12 @@ It never sees a probability or a tensor. The loop calls, over and over::
 
 A plan must be run and committed before the next one is made; between ``schedule`` and ``commit`` a sequence
 may be finished or added, and none may be forked. When a plan could not be run, finish its sequences.
+
+A plan may be made before the last tokens of its sequences are known: ``token_ids`` end in a reference then, and the
+tokens are put in before ``commit``. A search of which it is not known either which beam goes on from which is planned
+as if each beam went on from itself: a beam writes to its own last block, whoever it goes on from. Once that is known,
+before ``commit``, :meth:`Scheduler.inherit` says so. What a plan computes for nothing is taken out of it
+before ``commit``.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from __future__ import annotations
 from bisect import insort
 
 from llmapi._runtime.blocks import BlockPool, block_hash
-from llmapi._runtime.lockstep import Parked, branch_blocks, take_over
+from llmapi._runtime.lockstep import Parked, branch_blocks, inherit, take_over
 from llmapi._runtime.plan import Draft, Entry, StepPlan
 from llmapi._runtime.request import Request, Sequence, Status
 from llmapi._runtime.waiting import WaitingQueue, age
@@ -153,13 +159,29 @@ class Scheduler:
     def adopt(self, heir: Sequence, parent: Sequence) -> None:
         """Let ``heir`` drop what it has computed, and go on from what ``parent`` has as a fork does.
 
-        Both run and belong to one request. The blocks that both have already cost nothing.
+        They belong to one request. The blocks that both have already cost nothing; where they have lost their blocks
+        since, there is nothing to do.
         """
-        assert heir.status is Status.RUNNING and parent.status is Status.RUNNING, "only running sequences have blocks"
         assert heir.request is parent.request and heir is not parent
+        if not self._both_run(heir, parent):
+            return
         copy = take_over(self.pool, heir, parent)
         if copy is not None:
             self._copies[copy[1]] = copy[0]
+
+    def inherit(self, heir: Sequence, parent: Sequence) -> None:
+        """:meth:`adopt` between a plan and its ``commit``, where the step has moved the blocks on the device.
+
+        Of a beam and those who inherit from it, it must itself stay where it is.
+        """
+        assert heir.request is parent.request and heir is not parent
+        assert self._both_run(heir, parent), "a plan has no place for sequences without blocks"
+        inherit(self.pool, heir, parent)
+
+    def _both_run(self, heir: Sequence, parent: Sequence) -> bool:
+        runs = heir.status is Status.RUNNING
+        assert runs == (parent.status is Status.RUNNING), "the beams of a search lose their blocks together"
+        return runs
 
     def finish(self, seq: Sequence) -> None:
         """Give back the blocks of a running sequence, or take a waiting one out of the queue. Twice is once."""
@@ -202,7 +224,7 @@ class Scheduler:
         for seq in prefills:
             if seq.status is Status.RUNNING and not draft.full:
                 count = min(self._todo(seq), draft.tokens)
-                if count:
+                if count > 0:
                     self._place(seq, count, draft)
         if not (draft.preempted or held):
             self._admit(draft)

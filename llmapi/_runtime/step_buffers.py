@@ -79,6 +79,7 @@ class StepBuffers:
         self._ids = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self._pinned_tables = torch.zeros(max_seqs, table_width, dtype=torch.int32, pin_memory=pinned)
         self.tables = torch.zeros(max_seqs, table_width, dtype=torch.int32, device=device)
+        self._moved = False  # whether the last step changed its tables on the device
         self._owners: list[tuple[list[int], int, int] | None] = [None] * max_seqs
         self._layouts: dict[StepShape, Layout] = {}
         self._copied = gpu.event()
@@ -122,14 +123,20 @@ class StepBuffers:
         _fill(host["logits_indices"], batch.logits_indices, 0)
         host["counts"][:] = (decodes, seqs, tokens, rows)
         self._device[: layout.size].copy_(self._pinned[: layout.size], non_blocking=True)
-        self._upload_tables(batch.block_tables)
+        moves = batch.moves is not None
+        self._upload_tables(batch.block_tables, moves or self._moved)
+        self._moved = moves
         self._copied.record()
         return layout
 
-    def _upload_tables(self, tables: Sequence[list[int]]) -> None:
-        """Write the rows that changed since the last step, and copy the part of the table that is in use."""
-        array = self._pinned_tables.numpy()
-        changed, width = False, 0
+    def _upload_tables(self, tables: Sequence[list[int]], changed: bool) -> None:
+        """Write the rows that changed since the last step, and copy the part of the table that is in use.
+
+        Args:
+            tables: of the step.
+            changed: whether to copy it where no row changed, too.
+        """
+        array, width = self._pinned_tables.numpy(), 0
         for row, table in enumerate(tables):
             length = len(table)
             width = max(width, length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmapi._kernels.beam import candidates, log_softmax, reorder_tables, request_rows
+from llmapi._kernels.beam import candidates, log_softmax, move_tables, request_rows
 
 
 @pytest.mark.parametrize("k", [1, 5, 12, 40])
@@ -33,15 +33,12 @@ def test_distinct_scores_are_torchs() -> None:
     assert torch.equal(log_softmax(x, constants), logprobs)
 
 
-def test_the_first_child_keeps_the_last_block() -> None:
-    source = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int32)
-    ints = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
-    target = torch.full((4, 3), -9, dtype=torch.int32)
-    pairs, lacking = reorder_tables(source, target, ints(1, -1, 1, 1), ints(7, 6), ints(70, 71, 72, -1), 4)
-    assert pairs == [(5, 72)] and lacking == 1
-    assert target.tolist() == [[4, 5, -9], [-9] * 3, [4, 72, -9], [4, -1, -9]]
-    pairs, lacking = reorder_tables(source, target, ints(0, 0, -1, -1), ints(8, 0), ints(70, -1, 0, 0), 4)
-    assert (pairs, lacking) == ([], 0) and target[:2].tolist() == [[1, 2, 70], [1, 2, 3]]
+def test_rows_keep_their_last_block_and_take_their_parents_full_ones() -> None:
+    table = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 0], [7, 8, 9, 0]], dtype=torch.int32)
+    assert move_tables(table, [1, 1, 1], 9, 4) == [(6, 3), (6, 9)]
+    assert table.tolist() == [[4, 5, 3, 0], [4, 5, 6, 0], [4, 5, 9, 0]]
+    assert move_tables(table, [0, 0, 2], 8, 4) == []
+    assert table.tolist() == [[4, 5, 3, 0], [4, 5, 6, 0], [4, 5, 9, 0]]
 
 
 def test_rows_of_requests() -> None:

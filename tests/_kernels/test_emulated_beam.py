@@ -116,17 +116,18 @@ def test_limits(gpu: Any) -> None:
     beam_tests.test_limits(gpu)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_tables(gpu: Any, in_place: bool) -> None:
-    beam_tests.test_tables(gpu, in_place, SEED)
+@pytest.mark.parametrize("shape", [(1, 2), (4, 8), (5, 20), (31, 62), (33, 400), (256, 512), (256, 1024)], ids=str)
+def test_choices(gpu: Any, shape: tuple[int, int]) -> None:
+    beam_tests.test_choices(gpu, shape, SEED)
 
 
-def test_the_first_step_of_beams(gpu: Any) -> None:
-    beam_tests.test_the_first_step_of_beams(gpu)
+@pytest.mark.parametrize(("width", "block_size"), [(1, 16), (37, 16), (300, 8), (5000, 1)])
+def test_moves(gpu: Any, width: int, block_size: int) -> None:
+    beam_tests.test_moves(gpu, width, block_size, SEED)
 
 
-def test_copies_of_forked_blocks(gpu: Any) -> None:
-    beam_tests.test_copies_of_forked_blocks(gpu)
+def test_carried_scores(gpu: Any) -> None:
+    beam_tests.test_carried_scores(gpu, SEED)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

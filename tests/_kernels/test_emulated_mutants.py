@@ -80,6 +80,11 @@ def tied_beams(gpu: EmulatedGpu) -> None:
         beam_tests.check(gpu, x, torch.tensor([0.0, -1.0, -1.0, -1e9]), requests)  # type: ignore[arg-type]
 
 
+def beam_choices(gpu: EmulatedGpu) -> None:
+    for shape in ((33, 400), (256, 1024)):
+        beam_tests.test_choices(gpu, shape, cases.SEED)  # type: ignore[arg-type]
+
+
 def masks(gpu: EmulatedGpu) -> None:
     sample_tests.test_masks(gpu, 1000, 30, torch.float32, cases.SEED)  # type: ignore[arg-type]
     sample_tests.test_masks(gpu, 1003, 30, torch.float32, cases.SEED)  # type: ignore[arg-type]
@@ -115,8 +120,9 @@ CHECKS: dict[str, Check] = {
     "beam edits": lambda gpu: beam_tests.test_edits(gpu, 4096, torch.float32, cases.SEED),  # type: ignore[arg-type]
     "beam NaN": lambda gpu: beam_tests.test_an_edited_row_that_is_nan_fails(gpu),  # type: ignore[arg-type]
     "beam clusters": beams(4200, [(4, 8), (14, 30)], torch.bfloat16),
-    "beam tables": lambda gpu: beam_tests.test_tables(gpu, True, cases.SEED),  # type: ignore[arg-type]
-    "beam tables apart": lambda gpu: beam_tests.test_tables(gpu, False, cases.SEED),  # type: ignore[arg-type]
+    "beam choices": beam_choices,
+    "beam moves": lambda gpu: beam_tests.test_moves(gpu, 37, 16, cases.SEED),  # type: ignore[arg-type]
+    "beam carried": lambda gpu: beam_tests.test_carried_scores(gpu, cases.SEED),  # type: ignore[arg-type]
     "beam counts": lambda gpu: beam_tests.test_counts(gpu, True, cases.SEED),  # type: ignore[arg-type]
     "masks": masks,
 }
@@ -235,15 +241,30 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("beam.cu", "min(s.next[own] + each,", "min(s.next[own] + each + 1,", "beams merged"),
     ("beam.cu", "if (at >= s.count[own]) continue;", "", "beams lacking"),
     ("beam.cu", "Found own = found[beam * SPLIT];", "Found own = found[0];", "beams"),
-    ("beam_reorder.cu", "atomicMin(&heads[parents[i]], i)", "heads[parents[i]] = i", "beam tables"),
-    ("beam_reorder.cu", "heads[parent] == row", "false", "beam tables"),
-    ("beam_reorder.cu", "&& i < request.first, all", ", all", "beam tables"),
-    ("beam_reorder.cu", "(i < warp ? forks[i] : 0)", "0", "beam tables"),
-    ("beam_reorder.cu", "lengths[parent] % block_size == 0 && spare >= 0", "false", "beam tables"),
-    ("beam_reorder.cu", "__syncthreads();  // all tables are read", "", "beam tables"),
-    ("beam_reorder.cu", "max(0, tokens[row])", "tokens[row]", "beam tables"),
-    ("beam_reorder.cu", "/ block_size + 1, width)", "/ block_size, width)", "beam tables apart"),
-    ("beam_reorder.cu", "&& lengths[parent] / block_size < width", "&& true", "beam tables"),
+    ("beam.cu", "carried[row.carried - 1]", "carried[row.carried]", "beam carried"),
+    ("beam.cu", "row.carried ? carried[row.carried - 1] : scores[at]", "scores[at]", "beam carried"),
+    ("beam.cu", "score = NAN_F, token = found[s.failed].reason;", "score = NAN_F;", "beam failures"),
+    ("beam_reorder.cu", "scores[i] > -INFINITY_F", "true", "beam choices"),
+    ("beam_reorder.cu", "on = on && tokens[i] != ends[e]", "", "beam choices"),
+    ("beam_reorder.cu", "e < own.ends_stop", "e < own.ends_stop - 1", "beam choices"),
+    ("beam_reorder.cu", "&& found < own.rows && !failed", "&& found < own.rows", "beam choices"),
+    ("beam_reorder.cu", "place < own.rows) ranks", "place < own.rows && begin == 0) ranks", "beam choices"),
+    ("beam_reorder.cu", "    found += all;", "    found = all;", "beam choices"),
+    ("beam_reorder.cu", "i < warp ? counts[i] : 0", "0", "beam choices"),
+    ("beam_reorder.cu", "atomicMin(&heads[beam], tid)", "heads[beam] = tid", "beam choices"),
+    ("beam_reorder.cu", "late[place] = tid", "late[place] = beam", "beam choices"),
+    ("beam_reorder.cu", "if (found < own.rows) {", "if (found < 0) {", "beam choices"),
+    ("beam_reorder.cu", "parents[tid] = beams[rank],", "parents[tid] = beam,", "beam choices"),
+    ("beam_reorder.cu", "  __syncthreads();  // counts may still be read\n", "", "beam choices"),
+    ("beam_reorder.cu", "(seq_lens[own.row] - 1) / block_size, width", "seq_lens[own.row] / block_size, width",
+     "beam moves"),
+    ("beam_reorder.cu", "table[(int64_t)parent * width + column];", "table[(int64_t)row * width + column];",
+     "beam moves"),
+    ("beam_reorder.cu", "begun = last % block_size", "begun = (last + 1) % block_size", "beam moves"),
+    ("beam_reorder.cu", "begun * bytes / 16", "begun * bytes / 32", "beam moves"),
+    ("beam_reorder.cu", "source = table[(int64_t)parent * width]", "source = table[parent]", "beam moves"),
+    ("beam_reorder.cu", "row += gridDim.z", "row += 2 * gridDim.z", "beam moves"),
+    ("beam_reorder.cu", "+ last / block_size, parents", "+ (last + 1) / block_size, parents", "beam moves"),
     ("beam_reorder.cu", "+ (column == tokens[row])", "", "beam counts"),
     ("beam_reorder.cu", "__syncthreads();  // all counts are read", "", "beam counts"),
     ("sample.cu", "from += n;", "", "clusters"),

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from llmapi._runtime.beam import NEVER, Beams, diversify, normalized, num_candidates, num_diverse
+from llmapi._runtime.beam import NEVER, Beams, diversify, normalized, num_candidates, num_diverse, seats
 
 END = 0
 ENDS = frozenset([END])
@@ -102,6 +102,14 @@ def test_equal_scores_keep_the_order_of_the_candidates_and_the_older_first() -> 
     first = own.finished[0]
     own.advance([-1.0, -1.0, -1.0, -1.0], [0, 0, 1, 1], [END, 1, 6, 7], frozenset([END, 1]))
     assert own.finished[0] is first and own.finished[1].token == END and own.finished[1].row == 0
+
+
+def test_seats() -> None:
+    assert seats([0, 1, 2], 3) == ([0, 1, 2], [])
+    assert seats([2, 2, 0, 2], 4) == ([2, 1, 0, 3], [])
+    assert seats([3, 3, 3, 3], 4) == ([1, 2, 3, 0], [])
+    assert seats([1, 1], 3) == ([1, 0, None], [])
+    assert seats([0, 0, 0], 1) == ([0], [1, 2]) and seats([0, 0], 0) == ([], [0, 1])
 
 
 def test_excluded_tokens_are_no_candidates() -> None:

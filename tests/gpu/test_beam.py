@@ -11,19 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from llmapi._kernels.beam import candidates, log_softmax, request_rows
-from llmapi._kernels.beam import reorder_tables as reference_tables
-from llmapi._kernels.beam_cuda import (
-    MAX_CANDIDATES,
-    BeamKernels,
-    Candidates,
-    reorder_counts,
-    reorder_tables,
-    settings,
-)
+from llmapi._kernels.beam import candidates, log_softmax, move_tables, request_rows
+from llmapi._kernels.beam_cuda import MAX_CANDIDATES, BeamKernels, Candidates, settings
+from llmapi._kernels.beam_reorder_cuda import BEAM_CHOICE, BEAM_MOVE, choose_beams, move_beams, reorder_counts
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.sample_cuda import EDIT
-from llmapi._kernels.step_cuda import copy_blocks
+from llmapi._runtime.beam import seats
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +45,7 @@ def to_cpu(out: Candidates) -> Candidates:
 
 def run(
     gpu: Gpu, x: torch.Tensor, scores: torch.Tensor, requests: list[tuple[int, int]], *, rows: Any = None,
-    table: Any = None, edits: Any = None, width: int | None = None,
+    table: Any = None, edits: Any = None, width: int | None = None, carried: torch.Tensor | None = None,
 ) -> tuple[Candidates, torch.Tensor]:  # fmt: skip
     """The kernels' candidates and each row's constants, on the CPU.
 
@@ -64,6 +57,7 @@ def run(
         rows, table: settings, if not those of the requests.
         edits: of ``EDIT``.
         width: columns of the results, if more than needed.
+        carried: scores that settings of rows name.
     """
     own_rows, own_table = settings(requests)
     rows, table = own_rows if rows is None else rows, own_table if table is None else table
@@ -75,6 +69,7 @@ def run(
     kernels(
         on_device(x, gpu), scores.to(gpu.device), as_bytes(rows, gpu), as_bytes(table, gpu), out,
         edits=None if edits is None else as_bytes(edits, gpu),
+        carried=None if carried is None else carried.to(gpu.device),
     )  # fmt: skip
     return to_cpu(out), kernels.row_constants(len(x)).cpu()
 
@@ -229,8 +224,10 @@ def test_failures(gpu: Gpu) -> None:
         got, constants = run(gpu, x, scores, requests, width=9)
         assert got.reasons.tolist() == [2, -2, -1, -3, -3, -2, 1]
         for q in range(7):
-            assert got.tokens[q].tolist() == [-1] * 8 + [-77] and got.beams[q].tolist() == [-1] * 8 + [-77]
-            assert got.scores[q, :8].tolist() == got.logprobs[q, :8].tolist() == [-math.inf] * 8
+            reason = int(got.reasons[q])
+            assert got.tokens[q].tolist() == [reason] + [-1] * 7 + [-77] and got.beams[q].tolist() == [-1] * 8 + [-77]
+            assert got.scores[q, 1:8].tolist() == [-math.inf] * 7 and got.logprobs[q, :8].tolist() == [-math.inf] * 8
+            assert math.isnan(float(got.scores[q, 0]))
         good = noise(4, vocab, 4, torch.float32)
         good[2, 1] = math.nan
         requests = [(1, 8), (1, 3), (2, 5)]
@@ -341,7 +338,7 @@ def test_an_edited_row_that_is_nan_fails(gpu: Gpu) -> None:
     given[2900] = math.nan
     rows["edited"][1], rows["given"][1] = given.data_ptr(), 1
     got, _ = run(gpu, x, scores, [(2, 4), (1, 4)], rows=rows)
-    assert got.reasons.tolist() == [-3, 0] and (got.tokens[0] == -1).all() and (got.tokens[1] >= 0).all()
+    assert got.reasons.tolist() == [-3, 0] and got.tokens[0].tolist() == [-3, -1, -1, -1] and (got.tokens[1] >= 0).all()
 
 
 @pytest.mark.parametrize("vocab", [32_000, 128_256])
@@ -407,90 +404,148 @@ def test_limits(gpu: Gpu) -> None:
 # ---- between steps
 
 
-def random_step(
-    rng: random.Random, requests: list[tuple[int, int]], width: int, block_size: int
-) -> dict[str, torch.Tensor]:
-    """Parents within each request, lengths and spares; some rows end, some lack a spare."""
-    n = sum(r for r, _ in requests)
-    parents, lengths = [-1] * n, [0] * n
-    for own in request_rows(requests):
-        length = rng.choice([0, 1, block_size, rng.randrange(width * block_size), width * block_size + 1])
-        for r in range(own.start, own.stop):
-            lengths[r] = max(0, length + rng.choice([0, 0, 0, -1]))
-            parents[r] = -1 if rng.random() < 0.1 else rng.randrange(own.start, own.stop)
-    spares = [-1 if rng.random() < 0.2 else 100_000 + r for r in range(n)]
-    tokens = [rng.randrange(-1, 50) for _ in range(n)]
-    as_ints = {"parents": parents, "lengths": lengths, "spares": spares, "tokens": tokens}
-    return {name: torch.tensor(values, dtype=torch.int32) for name, values in as_ints.items()}
+def random_candidates(rng: random.Random, rows: int, k: int, kind: str) -> tuple[list[float], list[int], list[int]]:
+    """Scores, tokens and rows of a search, best first.
+
+    Args:
+        kind: "usual"; "ties", equal scores and tokens; "ends", many of the tokens that end; "few", too few that are
+            possible; "failed", NaN first.
+    """
+    count = k if kind != "few" else rng.randrange(rows)
+    scores = sorted(
+        (-rng.choice([1.0, 2.0]) if kind == "ties" else -9 * rng.random() for _ in range(count)), reverse=True
+    )
+    scores += [-math.inf] * (k - count)
+    if kind == "failed":
+        scores[0] = math.nan
+    tokens = [rng.randrange(6 if kind in ("ties", "ends") else 1000) for _ in range(k)]
+    favourites = rng.sample(range(rows), rng.randint(1, rows))
+    parents = [rng.choice(favourites) if i < count else -1 for i in range(k)]
+    return scores, tokens, parents
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_tables(gpu: Gpu, in_place: bool, seed: int) -> None:
+def expected_choice(
+    scores: list[float], tokens: list[int], parents: list[int], rows: int, ends: list[int]
+) -> list[tuple[int, int, float]]:
+    """Parent, token and score of each row."""
+    good = [i for i, s in enumerate(scores) if s > -math.inf and tokens[i] not in ends][:rows]
+    if math.isnan(scores[0]) or len(good) < rows:
+        return [(row, 0, 0.0) for row in range(rows)]
+    by_row, late = seats([parents[i] for i in good], rows)
+    assert not late
+    return [(parents[i], tokens[i], scores[i]) for i in (good[rank] for rank in by_row if rank is not None)]
+
+
+KINDS = ["usual", "ties", "ends", "few", "failed"]
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 2), (2, 4), (4, 8), (5, 20), (31, 62), (33, 400), (256, 512), (256, 1024)], ids=str
+)
+def test_choices(gpu: Gpu, shape: tuple[int, int], seed: int) -> None:
+    """Continuations and their rows, of searches in another order than their candidates, one without an own place."""
     rng = random.Random(seed)
-    for requests in (
-        [(4, 8)] * 5, [(1, 1), (256, 512), (3, 6)], [(rng.randrange(1, 9), 4) for _ in range(70)], [(44, 1)],
-    ):  # fmt: skip
-        for width, block_size in ((1, 16), (37, 16), (300, 8), (5000, 1)):
-            n = sum(r for r, _ in requests)
-            if n * width > 400_000:
-                continue
-            step = random_step(rng, requests, width, block_size)
-            source = torch.arange(n * width, dtype=torch.int32).view(n, width)
-            expected = source.clone() if in_place else torch.full_like(source, -5)
-            pairs, lacking = reference_tables(
-                source, expected, step["parents"], step["lengths"], step["spares"], block_size
-            )
-            here = source.to(gpu.device)
-            target = here if in_place else torch.full_like(here, -5)
-            totals = torch.full((2,), -9, dtype=torch.int32, device=gpu.device)
-            listed = torch.full((n, 2), -3, dtype=torch.int32, device=gpu.device)
-            ids = torch.full((n,), -4, dtype=torch.int32, device=gpu.device)
-            _, queue = settings(requests)
-            reorder_tables(
-                gpu, here, target, requests=as_bytes(queue, gpu), most_rows=max(r for r, _ in requests),
-                **{name: value.to(gpu.device) for name, value in step.items()}, block_size=block_size, pairs=listed,
-                totals=totals, ids=ids,
-            )  # fmt: skip
-            note = f"seed {seed} {requests} {width} {block_size}"
-            assert torch.equal(target.cpu(), expected), note
-            assert totals.tolist() == [len(pairs), lacking], note
-            assert [tuple(p) for p in listed.tolist()] == pairs + [(-3, -3)] * (n - len(pairs)), note
-            assert torch.equal(ids.cpu(), step["tokens"].clamp(min=0)), note
+    for attempt in range(3):
+        kinds = [*KINDS, *rng.choices(KINDS, k=4)]
+        shapes = [shape if i < 5 else (rng.randint(1, 9), rng.randint(18, shape[1] + 18)) for i in range(len(kinds))]
+        width = max(k for _, k in shapes) + attempt
+        planes = torch.full((3, len(kinds), width), -7, dtype=torch.int32)
+        choices = np.zeros(len(kinds), dtype=BEAM_CHOICE)
+        ends: list[int] = []
+        expected: list[tuple[int, int, float]] = []
+        order = rng.sample(range(len(kinds)), len(kinds))
+        for at, place in enumerate(order):
+            rows, k = shapes[at]
+            found = random_candidates(rng, rows, k, kinds[at])
+            planes[0, place, :k] = torch.tensor(found[0]).view(torch.int32)
+            planes[1:, place, :k] = torch.tensor(found[1:], dtype=torch.int32)
+            own = rng.sample(range(6), 1 if kinds[at] == "ties" else rng.randint(0, 3))
+            choices[at] = (place, rows, k, len(expected), len(ends), len(ends) + len(own), 0)
+            ends += own
+            scores = torch.tensor(found[0]).tolist()
+            expected += expected_choice(scores, found[1], found[2], rows, own)
+        chosen = torch.full((3, len(expected) + 2), -5, dtype=torch.int32, device=gpu.device)
+        listed = torch.tensor([*ends, -1], dtype=torch.int32, device=gpu.device)
+        choose_beams(gpu, planes.to(gpu.device), as_bytes(choices, gpu), listed, chosen)
+        chosen = chosen.cpu()
+        told = zip(chosen[0].tolist(), chosen[1].tolist(), chosen[2].view(torch.float32).tolist(), strict=True)
+        assert list(told)[:-2] == expected, f"seed {seed} attempt {attempt}"
+        assert (chosen[:, -2:] == -5).all()
 
 
-def test_the_first_step_of_beams(gpu: Gpu) -> None:
-    """One row becomes four, in other rows than before."""
-    source = torch.tensor([[9, 9, 9], [5, 6, 7], [8, 8, 8]], dtype=torch.int32, device=gpu.device)
-    ints = lambda *values: torch.tensor(values, dtype=torch.int32, device=gpu.device)  # noqa: E731
-    for length, tail, copies in ((18, [6, 40, 41, 42], [[6, 40], [6, 41], [6, 42]]), (16, [30, 40, 41, 42], [])):
-        target = torch.full((6, 3), -1, dtype=torch.int32, device=gpu.device)
-        pairs, totals, ids = torch.zeros(6, 2, dtype=torch.int32, device=gpu.device), ints(7, 7), ints(*[-1] * 6)
-        queue = np.zeros(2, dtype=settings([(1, 1)])[1].dtype)
-        queue[0], queue[1] = (2, 4, 8, 0), (0, 0, 0, 0)
-        reorder_tables(
-            gpu, source, target, requests=as_bytes(queue, gpu), most_rows=4, parents=ints(-1, -1, 1, 1, 1, 1),
-            lengths=ints(0, length, 0), spares=ints(-1, -1, 30, 40, 41, 42), tokens=ints(-1, -1, 3, 4, 5, 6),
-            block_size=16, pairs=pairs, totals=totals, ids=ids,
+def random_parents(rng: random.Random, rows: int) -> list[int]:
+    """Where each row goes on from; who has a continuation stays."""
+    by_row, _ = seats(parents := [rng.randrange(rows) for _ in range(rows)], rows)
+    return [parents[rank] for rank in by_row if rank is not None]
+
+
+@pytest.mark.parametrize(("width", "block_size"), [(1, 16), (37, 16), (300, 8), (5000, 1)])
+def test_moves(gpu: Gpu, width: int, block_size: int, seed: int) -> None:
+    """Tables and blocks that are begun, of searches between other rows, in another order than their parents."""
+    rng = random.Random(seed)
+    for shapes in ([4] * 5, [1, 256, 3], [rng.randrange(1, 9) for _ in range(20)], [44]):
+        n = sum(shapes) + len(shapes)
+        if n * width > 400_000:
+            continue
+        size, token = n * width, 32
+        table = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).int().view(n, width)
+        blocks = size if width < 40 else n
+        if blocks < size:  # only last blocks are in the caches; the others are numbers
+            table += blocks
+        lens = torch.zeros(n, dtype=torch.int32)
+        moves = np.zeros(len(shapes), dtype=BEAM_MOVE)
+        parents = torch.zeros(sum(shapes), dtype=torch.int32)
+        caches = [
+            torch.randn(blocks, block_size, token // 4, generator=torch.Generator().manual_seed(i)) for i in range(2)
+        ]
+        expected, moved, row = table.clone(), [c.clone() for c in caches], 0
+        slots = rng.sample(range(len(shapes)), len(shapes))
+        for at, rows in enumerate(shapes):
+            slot, row = sum(shapes[s] for s in slots[: slots.index(at)]), row + 1
+            length = rng.choice([0, 1, block_size, rng.randrange(width * block_size), width * block_size - 1])
+            length = min(length, width * block_size - 1)
+            lens[row : row + rows] = length + 1
+            own = random_parents(rng, rows)
+            parents[slot : slot + rows] = torch.tensor(own)
+            if blocks < size:
+                table[row : row + rows, length // block_size] = torch.arange(row, row + rows)
+            expected[row : row + rows] = table[row : row + rows]
+            moves[at] = (row, rows, slot, 0)
+            for source, target in move_tables(expected[row : row + rows], own, length, block_size):
+                for cache in moved:
+                    cache[target, : length % block_size] = cache[source, : length % block_size].clone()
+            row += rows
+        here, there = table.to(gpu.device), [c.to(gpu.device) for c in caches]
+        addresses = torch.tensor([c.data_ptr() for c in there], device=gpu.device)
+        move_beams(
+            gpu, here, addresses, moves=as_bytes(moves, gpu), most_rows=max(shapes), parents=parents.to(gpu.device),
+            seq_lens=lens.to(gpu.device), block_size=block_size, token_bytes=token,
         )  # fmt: skip
-        assert target.tolist() == [[-1] * 3] * 2 + [[5, t, -1] for t in tail]
-        assert totals.tolist() == [len(copies), 0] and pairs[: len(copies)].tolist() == copies
-        assert ids[2:].tolist() == [3, 4, 5, 6]
+        note = f"seed {seed} {shapes} {width} {block_size}"
+        assert torch.equal(here.cpu(), expected), note
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(there, moved, strict=True)), note
 
 
-def test_copies_of_forked_blocks(gpu: Gpu) -> None:
-    """As many as the list has, however long it could be."""
-    caches = [torch.randn(60, 16, 2, 40, generator=torch.Generator().manual_seed(i)).to(gpu.device) for i in range(3)]
-    addresses = torch.tensor([c.data_ptr() for c in caches], device=gpu.device)
-    pairs = torch.tensor([[i % 7, 10 + i] for i in range(45)], dtype=torch.int32)
-    for count in (45, 33, 32, 1, 0):
-        expected = [c.cpu().clone() for c in caches]
-        for cache in expected:
-            cache[10 : 10 + count] = cache[pairs[:count, 0].long()]
-        totals = torch.tensor([count, 99], dtype=torch.int32, device=gpu.device)
-        copy_blocks(gpu, addresses, pairs.to(gpu.device), caches[0][0].nbytes, totals)
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(caches, expected, strict=True)), count
-        for cache in caches:
-            cache[10:] = torch.randn(50, 16, 2, 40).to(gpu.device)
+def test_carried_scores(gpu: Gpu, seed: int) -> None:
+    """Scores that the step before left on the device give what the same scores from the host give."""
+    x, scores = noise(9, 3000, seed, torch.float32), beam_scores(9, seed)
+    requests = [(4, 8), (1, 3), (4, 8)]
+    rows, _ = settings(requests)
+    carried, given = torch.full((11,), math.nan), scores.clone()
+    for row, place in ((0, 7), (1, 2), (2, 0), (3, 10), (4, 5)):
+        rows["carried"][row], carried[place], given[row] = place + 1, scores[row], math.nan
+    out, constants = run(gpu, x, given, requests, rows=rows, carried=carried)
+    compare(x, scores, requests, out, constants, f"seed {seed}")
+
+
+def random_step(rng: random.Random, requests: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Parents within each request, and tokens; some rows end."""
+    parents = []
+    for own in request_rows(requests):
+        parents += [
+            -1 if rng.random() < 0.1 else rng.randrange(own.start, own.stop) for _ in range(own.start, own.stop)
+        ]
+    return {"parents": torch.tensor(parents, dtype=torch.int32)}
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -498,7 +553,7 @@ def test_counts(gpu: Gpu, in_place: bool, seed: int) -> None:
     rng = random.Random(seed)
     for vocab in (5, 1001, 5000):
         requests = [(4, 8), (1, 2), (9, 4)]
-        step = random_step(rng, requests, 9, 16)
+        step = random_step(rng, requests)
         n = len(step["parents"])
         step["tokens"] = torch.tensor([rng.randrange(-1, vocab) for _ in range(n)], dtype=torch.int32)
         counts = torch.randint(-(1 << 31), 1 << 30, (n, vocab), dtype=torch.int32)

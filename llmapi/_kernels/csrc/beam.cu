@@ -40,7 +40,7 @@ struct alignas(16) Row {
   int beam;
   int used;
   int given;
-  int unused;
+  int carried;
 };
 static_assert(sizeof(Row) == 64, "layout");
 
@@ -289,11 +289,12 @@ DEVICE int reason_of(const scalar_t* raw, int vocab, float top) {
   return nans ? nans : top == -INFINITY_F ? -1 : top == INFINITY_F ? -2 : -3;
 }
 
-// logits [N, V] with a stride between rows; rows [N]; scores [N]; edits: one list for all rows.
+// logits [N, V] with a stride between rows; rows [N]; scores [N]; carried: scores that stay on the device, of which a row
+// with `carried` has number carried - 1 instead of its own; edits: one list for all rows.
 // best [N * SPLIT, width] and found [N * SPLIT] are written, those of unused rows are not. Grid: N * SPLIT.
 extern "C" __global__ void TEAM __launch_bounds__(THREADS, 2)
-    beam_rows(const scalar_t* logits, int64_t stride, int vocab, const Row* rows, const float* scores, const Edit* edits,
-              uint64_t* best, int width, Found* found) {
+    beam_rows(const scalar_t* logits, int64_t stride, int vocab, const Row* rows, const float* scores, const float* carried,
+              const Edit* edits, uint64_t* best, int width, Found* found) {
   __shared__ Shared s;
   pdl_wait();
   pdl_launch();
@@ -304,7 +305,7 @@ extern "C" __global__ void TEAM __launch_bounds__(THREADS, 2)
   best += (int64_t)blockIdx.x * width;
   found += blockIdx.x;
   View<scalar_t> view(raw, vocab);
-  float own, top = row_max(s, view, own), score = scores[at];
+  float own, top = row_max(s, view, own), score = row.carried ? carried[row.carried - 1] : scores[at];
   if (!(top > -INFINITY_F && top < INFINITY_F && score < INFINITY_F)) {
     if (warp == 0) {
       int reason = team_rank() == 0 ? reason_of(raw, vocab, top) : 0;
@@ -357,7 +358,8 @@ struct Merged {
 
 // The best requests[q].k candidates of each request, to row q of scores, tokens, beams (rows within the request) and
 // logprobs (of the raw logits), all [Q, columns]. What a request lacks has token and beam -1 and -inf. reasons [Q]: 0, or
-// that of the request's first failed row, as reason_of() and found.reason say; then it has no candidates. Grid: Q.
+// that of the request's first failed row, as reason_of() and found.reason say; then it has no candidates, and its first
+// score is NaN, its first token the reason. Grid: Q.
 extern "C" __global__ void __launch_bounds__(1024)
     beam_merge(const scalar_t* logits, int64_t stride, const Request* requests, const uint64_t* best, int width,
                const Found* found, float* scores, int* tokens, int* beams, float* logprobs, int columns, int* reasons) {
@@ -429,6 +431,7 @@ extern "C" __global__ void __launch_bounds__(1024)
       Found own = found[beam * SPLIT];
       logprob = __fsub_rn(__fsub_rn(to_float(logits[beam * stride + token]), own.top), own.log_sum);
     }
+    if (i == 0 && s.failed < lists) score = NAN_F, token = found[s.failed].reason;
     scores[i] = score, tokens[i] = token, beams[i] = beam, logprobs[i] = logprob;
   }
 }

@@ -1,99 +1,128 @@
-// Beam search between two steps: each row goes on from its parent, a row of the step before.
+// Beam search between two steps, without the host: who goes on, in which row, and from which blocks.
 //
-// A request's rows have their parents among themselves when they are reordered in place. Blocks work on a request's rows
-// in some columns: they read all before they write.
+// A search keeps its number of rows. Of the continuations of a row the best stays in the row, each further one moves to
+// a row that has none; llmapi/_runtime/beam.py says it exactly, in seats(). So a row whose parent is another one has no
+// continuation itself, and its own last block is free for what its parent has begun in the block at that place.
 #include "common.cuh"
 
-constexpr int THREADS = 256;  // at least the rows of a request
-constexpr int TILE = 4096;    // numbers that a block reads and writes
-constexpr int ROWS = 4096;    // of a step, at most
+constexpr int THREADS = 256, WARPS = THREADS / 32;  // at least the rows of a search
+constexpr int TILE = 4096;                          // numbers that a block reads and writes
+#define INFINITY_F __int_as_float(0x7f800000)
 constexpr int NOBODY = 0x7fffffff;
 
 struct alignas(16) Request {  // as in beam.cu
   int first, rows, k, unused;
 };
 
-DEVICE int columns_of(const Request& request) { return TILE / max(1, min(request.rows, THREADS)); }
+// A search whose continuations are chosen. `list`: of its candidates; k: how many they are; slot: its first place among
+// the results; [ends, ends_stop) in the list of tokens that end it.
+struct alignas(16) Choice {
+  int list, rows, k, slot, ends, ends_stop, unused[2];
+};
 
-// Block tables [N, width] for the next step, the list of blocks that must be copied before it, and its token ids.
-//
-// Row r goes on from row parents[r] of `source`, which has `sources` rows; a row with parent -1 is left alone. lengths
-// [sources] are tokens, of which the first lengths / block_size blocks are full and shared. Where the next block is begun
-// already, the parent's first child goes on in it, and each further one gets a copy in its own spares[r]: the pairs
-// (from, to) are listed by rising rows. Where it is not, every row gets its spare, if it is not -1, without a copy.
-// totals: pairs in the list, and rows that lack a spare, whose block becomes -1. ids[r] is tokens[r], 0 for -1.
-// `target` may be `source` where the parents of a request's rows are among them. Of a row, what it has in use is written.
-// Grid: requests, then CEIL_DIV(width, the fewest columns of a request).
+// A search that has moved. row: its first in the tables; slot: its first place among the results of beam_choose.
+struct alignas(16) Move {
+  int row, rows, slot, unused;
+};
+
+DEVICE int columns_of(int rows) { return TILE / max(1, min(rows, THREADS)); }
+
+// How many threads before this one, and in all, have the flag; `counts` [WARPS] is shared. For the whole block.
+DEVICE int rank_of(bool flag, int* counts, int& all) {
+  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  uint32_t here = __ballot_sync(0xffffffffu, flag);
+  __syncthreads();  // counts may still be read
+  if (lane == 0) counts[warp] = __popc(here);
+  __syncthreads();
+  int before = __popc(here & ((1u << lane) - 1));
+  all = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) before += i < warp ? counts[i] : 0, all += counts[i];
+  return before;
+}
+
+// From the candidates of searches, [.., columns] and best first, the continuations of each: those of its first `rows`
+// that do not end it. By slot: parents, the row within the search that a row goes on from; tokens; scores. Where there
+// are fewer, and where the first score is NaN, every row stays, with token 0 and score 0: the host, which sees the same
+// candidates, drops what follows. Grid: the searches.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    beam_tables(const int* source, int* target, int width, int sources, const Request* requests, const int* parents,
-                const int* lengths, const int* spares, const int* tokens, int rows, int block_size, int* pairs,
-                int* totals, int* ids) {
-  __shared__ int tile[TILE], heads[ROWS], ahead[THREADS / 32], forks[THREADS / 32], lacking[THREADS / 32];
+    beam_choose(const float* scores, const int* tokens, const int* beams, int columns, const Choice* choices,
+                const int* ends, int* parents, int* chosen, float* carried) {
+  __shared__ int ranks[THREADS], heads[THREADS], late[THREADS], counts[WARPS];
   pdl_wait();
   pdl_launch();
-  Request request = requests[blockIdx.x];
-  int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  int columns = columns_of(request), begin = blockIdx.y * columns, end = min(begin + columns, width);
-  bool counts = blockIdx.x == 0 && blockIdx.y == 0;
-  if ((request.rows <= 0 || begin >= end) && !counts) return;
-
-  auto used = [&](int parent) { return parent < 0 ? 0 : min(lengths[parent] / block_size + 1, width); };
-  for (int i = tid; i < request.rows * columns; i += THREADS) {
-    int parent = parents[request.first + i / columns], column = begin + i % columns;
-    if (column < used(parent)) tile[i] = source[(int64_t)parent * width + column];
+  Choice own = choices[blockIdx.x];
+  int tid = threadIdx.x, found = 0;
+  bool row = tid < own.rows;
+  scores += (int64_t)own.list * columns, tokens += (int64_t)own.list * columns, beams += (int64_t)own.list * columns;
+  parents += own.slot, chosen += own.slot, carried += own.slot;
+  heads[tid] = NOBODY;
+  bool failed = scores[0] != scores[0];
+  for (int begin = 0; begin < own.k && found < own.rows && !failed; begin += THREADS) {
+    int i = begin + tid, all;
+    bool on = i < own.k && scores[i] > -INFINITY_F;
+    for (int e = own.ends; e < own.ends_stop; e++) on = on && tokens[i] != ends[e];
+    int place = found + rank_of(on, counts, all);
+    if (on && place < own.rows) ranks[place] = i;
+    found += all;
   }
-  for (int i = tid; i < sources; i += THREADS) heads[i] = NOBODY;
   __syncthreads();
-  for (int i = tid; i < rows; i += THREADS)
-    if (parents[i] >= 0) atomicMin(&heads[parents[i]], i);
+  if (found < own.rows) {
+    if (row) parents[tid] = tid, chosen[tid] = 0, carried[tid] = 0.0f;
+    return;
+  }
+  int beam = row ? beams[ranks[tid]] : -1;
+  if (row) atomicMin(&heads[beam], tid);
   __syncthreads();
-  auto further = [&](int row) {
+  bool further = row && heads[beam] != tid, free = row && heads[tid] == NOBODY;
+  int all, place = rank_of(further, counts, all);
+  if (further) late[place] = tid;
+  place = rank_of(free, counts, all);
+  if (!row) return;
+  int rank = ranks[free ? late[place] : heads[tid]];
+  parents[tid] = beams[rank], chosen[tid] = tokens[rank], carried[tid] = scores[rank];
+}
+
+// Block tables [.., width] for the next step, in place: a row has the full blocks of its parent. Its last block, for the
+// token that the step computes, stays its own. seq_lens, by row: tokens, that one included, of all rows of a search the
+// same. A row that is read stays as it is, so nobody waits for anybody. Grid: searches, then CEIL_DIV(width, the fewest
+// columns of a search).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    beam_tables(int* table, int width, const Move* moves, const int* parents, const int* seq_lens, int block_size) {
+  pdl_wait();
+  pdl_launch();
+  Move own = moves[blockIdx.x];
+  int columns = columns_of(own.rows), begin = blockIdx.y * columns;
+  int end = min(begin + columns, min((seq_lens[own.row] - 1) / block_size, width));
+  table += (int64_t)own.row * width, parents += own.slot;
+  for (int i = threadIdx.x; i < own.rows * columns; i += THREADS) {
+    int row = i / columns, column = begin + i % columns, parent = parents[row];
+    if (column < end && parent != row) table[(int64_t)row * width + column] = table[(int64_t)parent * width + column];
+  }
+}
+
+// What parents have begun in their last blocks, to the last blocks of the rows that go on from them. caches: addresses;
+// bytes: of a token, a multiple of 16. The other arguments are those of beam_tables, before or after it. Grid: searches,
+// caches, and the rows of a search, or fewer.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    beam_blocks(const uint64_t* caches, int64_t bytes, const int* table, int width, const Move* moves,
+                const int* parents, const int* seq_lens, int block_size) {
+  pdl_wait();
+  pdl_launch();
+  Move own = moves[blockIdx.x];
+  int last = seq_lens[own.row] - 1, begun = last % block_size;
+  if (begun == 0) return;
+  char* base = reinterpret_cast<char*>(caches[blockIdx.y]);
+  table += (int64_t)own.row * width + last / block_size, parents += own.slot;
+  int64_t vectors = begun * bytes / 16;
+  for (int row = blockIdx.z; row < own.rows; row += gridDim.z) {
     int parent = parents[row];
-    if (parent < 0 || heads[parent] == row) return false;
-    return lengths[parent] % block_size && lengths[parent] / block_size < width;
-  };
-
-  // pairs of the rows before this request's, of this request's, of all; rows that lack a spare
-  int before = 0, all = 0, lack = 0;
-  for (int i = tid; i < (counts ? rows : request.first); i += THREADS) {
-    bool copies = further(i), has = copies && spares[i] >= 0;
-    before += has && i < request.first, all += has, lack += copies && !has;
-  }
-  for (int offset = 16; offset; offset >>= 1) {
-    before += __shfl_xor_sync(0xffffffffu, before, offset);
-    all += __shfl_xor_sync(0xffffffffu, all, offset);
-    lack += __shfl_xor_sync(0xffffffffu, lack, offset);
-  }
-  bool mine = tid < request.rows;
-  int row = request.first + tid, parent = mine ? parents[row] : -1, spare = mine ? spares[row] : -1;
-  bool copies = mine && further(row), has = copies && spare >= 0;
-  uint32_t here = __ballot_sync(0xffffffffu, has);
-  int place = __popc(here & ((1u << lane) - 1));
-  if (lane == 0) ahead[warp] = before, forks[warp] = __popc(here), lacking[warp] = lack;
-  __syncthreads();
-  for (int i = 0; i < THREADS / 32; i++) place += ahead[i] + (i < warp ? forks[i] : 0);
-  if (counts) {
-    __syncthreads();
-    if (lane == 0) forks[warp] = all;
-    __syncthreads();
-    if (tid == 0) {
-      for (int i = 1; i < THREADS / 32; i++) all += forks[i], lack += lacking[i];
-      totals[0] = all, totals[1] = lack;
-    }
-  }
-  if (parent >= 0) {
-    int column = lengths[parent] / block_size;
-    if (column >= begin && column < end) {
-      int& block = tile[tid * columns + column - begin];
-      if (has) pairs[2 * place] = block, pairs[2 * place + 1] = spare;
-      if (copies || (lengths[parent] % block_size == 0 && spare >= 0)) block = spare < 0 ? -1 : spare;
-    }
-  }
-  if (mine && blockIdx.y == 0) ids[row] = max(0, tokens[row]);
-  __syncthreads();  // all tables are read
-  for (int i = tid; i < request.rows * columns; i += THREADS) {
-    int row = request.first + i / columns, column = begin + i % columns;
-    if (column < used(parents[row])) target[(int64_t)row * width + column] = tile[i];
+    if (parent == row) continue;
+    int64_t source = table[(int64_t)parent * width], target = table[(int64_t)row * width];
+    const uint4* from = reinterpret_cast<const uint4*>(base + source * block_size * bytes);
+    uint4* to = reinterpret_cast<uint4*>(base + target * block_size * bytes);
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < vectors; i += THREADS) to[i] = from[i];
   }
 }
 
@@ -107,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   pdl_wait();
   pdl_launch();
   Request request = requests[blockIdx.x];
-  int tid = threadIdx.x, columns = columns_of(request), begin = blockIdx.y * columns, end = min(begin + columns, width);
+  int tid = threadIdx.x, columns = columns_of(request.rows), begin = blockIdx.y * columns, end = min(begin + columns, width);
   if (request.rows <= 0 || begin >= end) return;
   for (int i = tid; i < request.rows * columns; i += THREADS) {
     int row = request.first + i / columns, parent = parents[row], column = begin + i % columns;

@@ -1,0 +1,130 @@
+"""Launches of ``csrc/beam_reorder.cu``: the searches of a step go on in the next one without the host."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from llmapi._kernels.beam_cuda import BEAM_REQUEST
+from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.nvrtc import Unit
+
+BEAM_CHOICE = np.dtype(
+    [
+        ("list", "<i4"),
+        ("rows", "<i4"),
+        ("k", "<i4"),
+        ("slot", "<i4"),
+        ("ends", "<i4"),
+        ("ends_stop", "<i4"),
+        ("unused", "<i4", 2),
+    ]
+)
+"""A search whose continuations are chosen, as ``struct Choice``: the row of its candidates, its beams, how many
+candidates it has, its first place among the results, and where in the list of ends those of its tokens stand
+that end it."""
+
+BEAM_MOVE = np.dtype([("row", "<i4"), ("rows", "<i4"), ("slot", "<i4"), ("unused", "<i4")])
+"""A search that has moved, as ``struct Move``: its first row in the tables, its beams, its first place among what
+:func:`choose_beams` found."""
+
+_UNIT = Unit.of("beam_reorder.cu")
+_THREADS = 256
+_TILE = 4096  # numbers that a block has
+_ROWS_AT_ONCE = 32  # blocks of threads that share the rows of a search
+
+
+def units(dtype: str) -> list[Unit]:
+    """The one specialization there is, whatever the element type."""
+    return [_UNIT]
+
+
+def choose_beams(
+    gpu: Gpu, planes: torch.Tensor, choices: torch.Tensor, ends: torch.Tensor, chosen: torch.Tensor
+) -> None:
+    """Choose the continuations of searches from their candidates, and the row of each. One launch.
+
+    Of a search's candidates the first as many as it has rows go on, those left out that end it or have a score of -inf.
+    They are seated as :func:`llmapi._runtime.beam.seats` says. Where there are too few, and where a search has failed,
+    every row stays, with token 0 and score 0.
+
+    Args:
+        gpu: where.
+        planes: ``[3, Q, K]`` int32, contiguous: scores as the bits of float32, tokens, and rows within the search; best
+            first.
+        choices: on the device, :data:`BEAM_CHOICE` as bytes, aligned to 16; at most
+            :data:`~llmapi._kernels.beam_cuda.MAX_BEAMS` rows each.
+        ends: int32: lists of tokens.
+        chosen: ``[3, R]`` int32, contiguous, written by slot: the row within the search that each row goes on from; its
+            token; its score as the bits of float32.
+    """
+    count = len(choices) // BEAM_CHOICE.itemsize
+    kernel = gpu.kernel(_UNIT, "beam_choose", "pppippppp", overlap=True)
+    kernel((count, 1, 1), _THREADS, *planes.unbind(), planes.shape[2], choices, ends, *chosen.unbind())
+
+
+def move_beams(
+    gpu: Gpu,
+    table: torch.Tensor,
+    caches: torch.Tensor,
+    *,
+    moves: torch.Tensor,
+    most_rows: int,
+    parents: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_size: int,
+    token_bytes: int,
+) -> None:
+    """Let the rows of searches go on from their parents: block tables, and the blocks that are begun. Two launches.
+
+    A row has the full blocks of its parent afterwards, and the last block that it had; where its parent is another row
+    and has begun its own last block, what that holds is copied.
+
+    Args:
+        gpu: where.
+        table: ``[B, M]`` int32, contiguous, written in place.
+        caches: ``[C]`` int64 addresses of the caches.
+        moves: on the device, :data:`BEAM_MOVE` as bytes, aligned to 16.
+        most_rows: the most rows of a search.
+        parents: ``[R]`` int32, by slot; no row's parent has another parent itself.
+        seq_lens: ``[B]`` int32: tokens of each row, the one that the next step computes included. Every row of a search
+            has as many, and a last block of its own for the last of them.
+        block_size: tokens of a block.
+        token_bytes: bytes of a token in a cache, a multiple of 16.
+    """
+    count, width = len(moves) // BEAM_MOVE.itemsize, table.shape[1]
+    shared = (table, width, moves, parents, seq_lens, block_size)
+    tables = gpu.kernel(_UNIT, "beam_tables", "pipppi", overlap=True)
+    tables((count, -(-width // (_TILE // most_rows)), 1), _THREADS, *shared)
+    blocks = gpu.kernel(_UNIT, "beam_blocks", "plpipppi", overlap=True)
+    blocks((count, len(caches), min(most_rows, _ROWS_AT_ONCE)), _THREADS, caches, token_bytes, *shared)
+
+
+def reorder_counts(
+    gpu: Gpu,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    requests: torch.Tensor,
+    most_rows: int,
+    parents: torch.Tensor,
+    tokens: torch.Tensor,
+    vocab_size: int,
+) -> None:
+    """Counts of tokens for penalties: each row gets its parent's, and its token counted once more. One launch.
+
+    Args:
+        gpu: where.
+        source: ``[S]`` int64 addresses of int32 ``[V]``: the counts of each row of the step before.
+        target: ``[N]`` int64 addresses of the rows' counts; 0: the row has none. They may be the same memory if the
+            parents of a request's rows are among them, each at its own address.
+        requests: on the device, ``Q`` of :data:`~llmapi._kernels.beam_cuda.BEAM_REQUEST` as bytes, by which the rows of
+            target are divided.
+        most_rows: the most rows of a request.
+        parents: ``[N]`` int32: the row of ``source`` that each goes on from; -1: the row is left alone.
+        tokens: ``[N]`` int32: the token with which it goes on; -1 is not counted.
+        vocab_size: ``V``.
+    """
+    grid = (len(requests) // BEAM_REQUEST.itemsize, -(-vocab_size // (_TILE // max(1, most_rows))), 1)
+    kernel = gpu.kernel(_UNIT, "beam_counts", "ppippp", overlap=True)
+    kernel(grid, _THREADS, source, target, vocab_size, requests, parents, tokens)

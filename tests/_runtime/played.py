@@ -1,0 +1,133 @@
+"""A GPU that is played on the CPU: tokens, candidates and moved beams stay out of the host's sight until it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llmapi import LLM
+from llmapi._kernels.beam import move_tables
+from llmapi._runtime.batch import StepBatch
+from llmapi._runtime.beam import seats
+from llmapi._runtime.candidates import BeamAsk, Candidates, Spans, select
+from llmapi._runtime.plan import StepPlan
+from llmapi._runtime.request import Status
+from llmapi._runtime.sampler import Sampler
+from tests._runtime.test_overlap import OverlappingEngine, OverlappingSampler
+
+
+class PlayedChooser:
+    """:class:`~llmapi._runtime.candidates_cuda.KernelSelect` in plain code."""
+
+    max_rows = 64
+
+    def fits(self, rows: int, count: int) -> bool:
+        return True
+
+    def select(self, logits: torch.Tensor, spans: Spans, normalized: bool) -> torch.Tensor:
+        for first, rows, place in zip(spans.first, spans.rows, spans.carried, strict=False):
+            if place is not None:
+                assert spans.before is not None
+                spans.cumulative[first : first + rows] = spans.before[place : place + rows]
+        return select(logits, spans, normalized)
+
+    def choose(self, found: torch.Tensor, asks: list[tuple[int, BeamAsk]]) -> torch.Tensor:
+        chosen: list[tuple[int, int, float]] = []
+        for place, ask in asks:
+            scores, (tokens, beams) = found[0, place].view(torch.float32).tolist(), found[1:, place].tolist()
+            assert ask.ends is not None
+            good = [i for i in range(ask.count) if scores[i] > -torch.inf and tokens[i] not in ask.ends]
+            rows = len(ask.sequences)
+            if len(good) < rows or scores[0] != scores[0]:
+                chosen += [(row, 0, 0.0) for row in range(rows)]
+                continue
+            by_row, _ = seats([beams[i] for i in good[:rows]], rows)
+            chosen += [(beams[i], tokens[i], scores[i]) for i in (good[rank] for rank in by_row if rank is not None)]
+        parents, tokens, scores = zip(*chosen, strict=True)
+        ints = torch.tensor([parents, tokens, [0] * len(parents)], dtype=torch.int32)
+        ints[2] = torch.tensor(scores).view(torch.int32)
+        return ints
+
+
+class PlayedSampler(OverlappingSampler):
+    """Chooses who goes on in a search, too."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        chooser = PlayedChooser()
+        self.candidates = Candidates(self._vocab, self._edits, chooser.select, chooser)
+
+
+class PlayedEngine(OverlappingEngine):
+    """Moves beams as the GPU does.
+
+    Attributes:
+        tables: block tables of the last step, by entry.
+        moves: how many searches were moved.
+        mask: changes logits, given the batch.
+    """
+
+    moves_beams = True
+    tables: list[list[int]]
+    moves = 0
+    mask: Callable[[StepBatch, torch.Tensor], None] | None = None
+
+    def step(self, batch: StepBatch, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        if batch.copies:
+            self._copy_blocks(batch.copies)
+            batch.copies = []
+        batch.block_tables = [list(table) for table in batch.block_tables]
+        for row, rows, slot in batch.moves.searches if batch.moves is not None else ():
+            assert batch.moves is not None
+            PlayedEngine.moves += 1
+            length = batch.seq_lens[row] - 1
+            table = torch.tensor(batch.block_tables[row : row + rows], dtype=torch.int32)
+            parents = batch.moves.parents[slot : slot + rows].tolist()
+            for source, target in move_tables(table, parents, length, self.config.block_size):
+                for cache in self._caches.values():
+                    cache[target, : length % self.config.block_size] = cache[source, : length % self.config.block_size]
+            batch.block_tables[row : row + rows] = table.tolist()
+        self.tables = batch.block_tables
+        logits = super().step(batch, sampled)
+        if PlayedEngine.mask is not None:
+            logits = logits.clone()
+            PlayedEngine.mask(batch, logits)
+        return logits
+
+    def sampler(self, tokenizer: Any) -> Sampler:
+        return PlayedSampler(self.spec.vocab_size, tokenizer)
+
+
+def watch_tables(llm: LLM, table_of: Callable[[int], list[int]]) -> Callable[[], int]:
+    """Compare the device's block tables with the host's whenever a step has been launched and the one before landed.
+
+    Args:
+        llm: whose.
+        table_of: the device's table of an entry of the step launched last.
+
+    Returns:
+        Tells how many tables of searches that fly were compared.
+    """
+    loop, scheduler = llm._loop, llm._loop._scheduler
+    launch, commit = loop._launch, scheduler.commit
+    entries: list[Any] = []
+    compared = 0
+
+    def watched_launch(plan: StepPlan) -> Any:
+        entries[:] = plan.entries
+        return launch(plan)
+
+    def watched_commit(plan: StepPlan) -> None:
+        nonlocal compared
+        going = set(map(id, plan.entries))
+        for row, entry in enumerate(entries):
+            seq = entry.seq
+            if id(entry) in going and seq.status is Status.RUNNING:
+                assert table_of(row)[: len(seq.block_table)] == seq.block_table, f"row {row}, {entry}"
+                compared += seq.request.lockstep
+        commit(plan)
+
+    loop._launch, scheduler.commit = watched_launch, watched_commit  # type: ignore[method-assign]
+    return lambda: compared

@@ -1,0 +1,257 @@
+"""Beam searches whose next step is launched before the candidates of this one are known: the same searches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmapi import LLM, RequestOutput, SamplingParams
+from llmapi._runtime.batch import StepBatch
+from llmapi._runtime.candidates import Found, PendingCandidates
+from tests._runtime.played import PlayedEngine, watch_tables
+from tests.api.beam_truth import by_transformers
+from tests.api.truth import Truth, idle, prompts_of, until
+from tests.tiny import VOCAB, tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="module")
+def truth(checkpoint: Path) -> Truth:
+    return Truth(checkpoint)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where engines are kept; every engine made meanwhile is a played GPU."""
+    monkeypatch.setattr("llmapi._runtime.engine_cpu.CpuEngine", PlayedEngine)
+    PlayedEngine.moves = 0
+    yield tmp_path
+    PlayedEngine.mask = None
+
+
+def start(checkpoint: Path, cache: Path, blocks: int = 200, block_size: int = 8, **options: Any) -> LLM:
+    kv = {"max_tokens": block_size * blocks, "block_size": block_size}
+    limits: dict[str, Any] = {"max_batch_size": 12, "max_num_tokens": 40, "kv_cache_config": kv}
+    return LLM(checkpoint, cache_dir=cache, progress=False, backend="cpu", **(limits | options))
+
+
+def beam(width: int, count: int, **options: Any) -> SamplingParams:
+    return SamplingParams(use_beam_search=True, beam_width=width, max_tokens=count, **options)
+
+
+def told(output: RequestOutput) -> list[tuple[Any, ...]]:
+    """What is compared; logits differ by rounding with the size of a batch."""
+    scores = [None if o.score is None else pytest.approx(o.score, abs=1e-5) for o in output.outputs]
+    rest = [(o.token_ids, o.text, o.finish_reason, o.stop_reason) for o in output.outputs]
+    return list(zip(scores, rest, strict=True))
+
+
+def mix(rng: random.Random, truth: Truth, prompts: list[list[int]]) -> list[SamplingParams]:
+    """Searches of all kinds, most of which can be planned ahead, beside greedy and sampled requests."""
+    params = []
+    for i, prompt in enumerate(prompts):
+        count, width = rng.randint(1, 24), rng.choice([1, 2, 3, 4, 6])
+        often = truth.greedy(prompt, 12)
+        stops = rng.sample(sorted(set(often)), min(len(set(often)), rng.choice([0, 1, 2])))
+        plain: dict[str, Any] = {
+            "n": rng.randint(1, width), "stop_token_ids": stops, "ignore_eos": rng.random() < 0.5,
+            "length_penalty": rng.choice([1.0, 0.0, 2.0, 0.6]), "early_stopping": rng.choice([True, False, "never"]),
+        }  # fmt: skip
+        kinds = [
+            beam(width, count, **plain),
+            SamplingParams(temperature=0, max_tokens=count),
+            SamplingParams(temperature=0.9, seed=i, max_tokens=count),
+            SamplingParams(temperature=0.9, seed=i, max_tokens=count, n=2, stop=["a"]),
+            beam(width, count, stop=["e"]),
+            beam(4, count, num_beam_groups=2, diversity_penalty=0.5),
+            beam(width, count, repetition_penalty=1.2),
+            beam(width, count, logprobs=1),
+        ]
+        params.append(rng.choices(kinds, [12, 3, 2, 0.3, 0.3, 0.3, 0.3, 0.3])[0])
+    return params
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_searches_are_those_of_the_synchronous_way(seed: int, checkpoint: Path, cache: Path, truth: Truth) -> None:
+    """Random mixes, with preemption where the pool is small; device and host hold the same tables after each step."""
+    rng = random.Random(seed)
+    prompts = prompts_of([rng.randint(1, 30) for _ in range(30)], seed)
+    params = mix(rng, truth, prompts)
+    small = seed % 2 == 1
+    with start(checkpoint, cache, blocks=28 if small else 300, block_size=8 if small else 16) as llm:
+        compared = watch_tables(llm, lambda row: llm._loop._engine.tables[row])  # type: ignore[attr-defined]
+        ahead = llm.generate(prompts, params, use_tqdm=False)
+        until(lambda: idle(llm))
+        moved = PlayedEngine.moves
+        assert moved > 30 and compared() > 100
+        assert (sum(o.metrics.preemptions for o in ahead if o.metrics) > 0) == small
+        llm._loop.plans_beams_ahead = False
+        plain = llm.generate(prompts, params, use_tqdm=False)
+        assert PlayedEngine.moves == moved
+        until(lambda: idle(llm))
+    for own, one, other in zip(params, ahead, plain, strict=True):
+        assert told(one) == told(other), own
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_searches_are_those_of_transformers(seed: int, checkpoint: Path, cache: Path, truth: Truth) -> None:
+    rng = random.Random(100 + seed)
+    prompts = prompts_of([rng.randint(1, 40) for _ in range(12)], seed)
+    params = []
+    for prompt in prompts:
+        often = sorted(set(truth.greedy(prompt, 12)))
+        width = rng.choice([2, 3, 4, 8])
+        params.append(
+            beam(
+                width, rng.randint(1, 30), n=rng.randint(1, width), ignore_eos=rng.random() < 0.3,
+                stop_token_ids=rng.sample(often, min(len(often), rng.choice([0, 1, 2]))),
+                early_stopping=rng.choice([True, False, "never"]), length_penalty=rng.choice([1.0, 0.0, 2.0]),
+            )
+        )  # fmt: skip
+    with start(checkpoint, cache, max_batch_size=16) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        until(lambda: idle(llm))
+    assert PlayedEngine.moves > 50
+    for prompt, own, output in zip(prompts, params, outputs, strict=True):
+        assert own.max_tokens is not None and own.beam_width is not None
+        ends = sorted({*(own.stop_token_ids or ()), *([] if own.ignore_eos else [1])})
+        expected = by_transformers(
+            truth, prompt, own.beam_width, own.max_tokens, ends, own.n,
+            length_penalty=own.length_penalty, early_stopping=own.early_stopping,
+        )  # fmt: skip
+        assert [o.token_ids for o in output.outputs] == [ids for ids, _ in expected]
+        assert [o.score for o in output.outputs] == pytest.approx([s for _, s in expected], abs=1e-4)
+
+
+def test_the_next_step_is_launched_before_the_last_ones_candidates_are_asked_for(
+    checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the prompt's own step is waited for; and no step is computed for nothing."""
+    events: list[str] = []
+    result, step = PendingCandidates.result, PlayedEngine.step
+
+    def watched_result(self: PendingCandidates) -> list[Found]:
+        events.append("asked")
+        return result(self)
+
+    def watched_step(self: PlayedEngine, batch: StepBatch, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        events.append("step")
+        return step(self, batch, sampled)
+
+    monkeypatch.setattr(PendingCandidates, "result", watched_result)
+    monkeypatch.setattr(PlayedEngine, "step", watched_step)
+    with start(checkpoint, cache) as llm:
+        llm.generate(prompts_of([7])[0], beam(4, 20, ignore_eos=True))
+        assert events == ["step", "asked", "step", *["step", "asked"] * 18, "asked"]
+        events.clear()
+        llm._loop.plans_beams_ahead = False
+        llm.generate(prompts_of([7])[0], beam(4, 20, ignore_eos=True))
+        assert events == ["step", "asked"] * 20
+
+
+def test_a_search_that_loses_beams_goes_on_without_the_step_that_was_ahead(checkpoint: Path, cache: Path) -> None:
+    """Half of the beams may only end, the others have one way to go on: fewer continue than the device can know."""
+
+    def narrow(batch: StepBatch, logits: torch.Tensor) -> None:
+        for row, at in enumerate(batch.logits_indices):
+            if len(batch.logits_indices) > 1 and batch.positions[at] % 5 == 3:
+                allowed = [1] if row % 2 else [30 + row]
+                logits[row, [t for t in range(VOCAB) if t not in allowed]] = -torch.inf
+
+    PlayedEngine.mask = narrow
+    [prompt] = prompts_of([6])
+    for size in (8, 16):
+        params = beam(4, 22, n=4, early_stopping="never", length_penalty=3.0)
+        with start(checkpoint, cache, block_size=size) as llm:
+            compared = watch_tables(llm, lambda row, llm=llm: llm._loop._engine.tables[row])  # type: ignore[misc]
+            dropped = 0
+            land = llm._loop._land_beams
+
+            def watched(flight: Any, found: Any, following: Any, land: Any = land) -> None:
+                nonlocal dropped
+                land(flight, found, following)
+                dropped += following is not None and len(following.dropped)
+
+            llm._loop._land_beams = watched  # type: ignore[method-assign]
+            ahead = llm.generate(prompt, params)
+            assert dropped >= 2 and compared() > 20
+            until(lambda: idle(llm))
+            llm._loop.plans_beams_ahead = False
+            assert told(llm.generate(prompt, params)) == told(ahead)
+
+
+def test_a_search_that_fails_fails_alone(checkpoint: Path, cache: Path) -> None:
+    def broken(batch: StepBatch, logits: torch.Tensor) -> None:
+        for row, at in enumerate(batch.logits_indices):
+            if batch.positions[at] == 12:  # only the first prompt is as long
+                logits[row, 5] = torch.nan
+
+    first, second = prompts_of([9, 40])
+    PlayedEngine.mask = broken
+    with start(checkpoint, cache) as llm:
+        good = llm.generate(second, beam(3, 15, ignore_eos=True))
+        both = [llm.generate_async(p, beam(3, 15, ignore_eos=True)) for p in (first, second)]
+        with pytest.raises(Exception, match=r"output token 4: 1 of .* logits are NaN"):
+            both[0].result(60)
+        assert told(both[1].result(60)) == told(good)
+        until(lambda: idle(llm))
+
+
+def test_streams_and_aborts(checkpoint: Path, cache: Path) -> None:
+    """What is shown is always a beam without references; what is left is the others' own."""
+    prompts = prompts_of([7, 12, 5], seed=3)
+    params = beam(4, 40, n=4, ignore_eos=True)
+    with start(checkpoint, cache) as llm:
+        expected = [told(llm.generate(p, params)) for p in prompts]
+        for leave in (0, 1, 9):
+            others = [llm.generate_async(p, params) for p in prompts[1:]]
+            lengths = []
+            for seen, output in enumerate(llm.stream(prompts[0], params)):
+                lengths.append(len(output.outputs[0].token_ids))
+                assert all(t >= 0 for o in output.outputs for t in o.token_ids)
+                if seen == leave:
+                    llm.abort(output.request_id)
+            assert lengths[: leave + 1] == list(range(1, leave + 2))
+            assert [o.finish_reason for o in output.outputs] == ["abort"] * 4
+            for one in output.outputs:
+                assert one.score is not None and len(one.token_ids) >= leave + 1
+            assert [told(o.result(60)) for o in others] == expected[1:]
+        states = list(llm.stream(prompts[0], params))
+        assert told(states[-1]) == expected[0] and len(states) == 40
+        until(lambda: idle(llm))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_arrivals_and_aborts_at_random(seed: int, checkpoint: Path, cache: Path, truth: Truth) -> None:
+    rng = random.Random(seed)
+    prompts = prompts_of([rng.randint(1, 24) for _ in range(24)], seed + 7)
+    params = mix(rng, truth, prompts)
+    with start(checkpoint, cache, blocks=48) as llm:
+        compared = watch_tables(llm, lambda row: llm._loop._engine.tables[row])  # type: ignore[attr-defined]
+        llm._loop.plans_beams_ahead = False
+        expected = llm.generate(prompts, params, use_tqdm=False)
+        llm._loop.plans_beams_ahead = True
+        running = []
+        for prompt, own in zip(prompts, params, strict=True):
+            running.append(llm.generate_async(prompt, own))
+            before = llm._loop.steps
+            wanted = before + rng.randint(0, 3)
+            until(lambda wanted=wanted: llm._loop.steps >= wanted or idle(llm))
+        doomed = rng.sample(range(24), 6)
+        for i in doomed:
+            running[i].abort()
+        for i, future in enumerate(running):
+            output = future.result(60)
+            if i not in doomed:
+                assert told(output) == told(expected[i]), params[i]
+        assert PlayedEngine.moves > 10 and compared() > 40
+        until(lambda: idle(llm))
