@@ -4,7 +4,9 @@
     python benchmarks/beam_gpu.py --transformers 8     # also generate(num_beams=4) on batches of 8 prompts
 
 Rates count ``prompts x width x tokens`` over the whole run, prompts included. Each workload runs twice in one process;
-the second run counts.
+the second run counts. A step's time is that of the second half of the tokens, from a run of all and a run of half of
+them: greedy and beams then hold as many sequences of the same lengths, and prompts have no part in it. "waiting" is beam
+search whose next step is launched only when the host knows the candidates of the one before.
 """
 
 from __future__ import annotations
@@ -28,27 +30,33 @@ def prompts_of(count: int, length: int, seed: int) -> list[list[int]]:
     return [[rng.randrange(3, SHAPE["vocab_size"]) for _ in range(length)] for _ in range(count)]
 
 
-def ours(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second of beams and of greedy sequences."""
+def ours(folder: Path, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Tokens a second, and milliseconds of a decoding step, of greedy sequences and of beams in both ways."""
     from llmapi import LLM, SamplingParams
 
-    common: dict[str, Any] = {"max_tokens": args.tokens_out, "ignore_eos": True, "detokenize": False}
-    seqs = args.prompts * args.width
-    beams = SamplingParams(use_beam_search=True, beam_width=args.width, **common)
-    greedy = SamplingParams(temperature=0, **common)
-    length = args.tokens_in + args.tokens_out
-    rates: dict[str, float] = {}
+    beams = {"use_beam_search": True, "beam_width": args.width}
+    seqs, length, half = args.prompts * args.width, args.tokens_in + args.tokens_out, args.tokens_out // 2
+    told: dict[str, tuple[float, float]] = {}
     with LLM(
         folder, backend="cuda", load_format="dummy", skip_tokenizer_init=True, max_batch_size=seqs, max_num_tokens=8192,
         max_seq_len=length, cache_dir=folder / "cache", progress=False,
     ) as llm:  # fmt: skip
-        for name, count, params in (("greedy", seqs, greedy), ("beams", args.prompts, beams)):
-            for run in range(2):
-                prompts = prompts_of(count, args.tokens_in, seed=run)
-                begin = time.perf_counter()
-                llm.generate(prompts, params, use_tqdm=False)
-                rates[name] = seqs * args.tokens_out / (time.perf_counter() - begin)
-    return rates
+
+        def seconds(count: int, options: dict[str, Any], tokens: int, seed: int) -> float:
+            params = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, **options)
+            prompts = prompts_of(count, args.tokens_in, seed)
+            begin = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            return time.perf_counter() - begin
+
+        for name, count, options in (
+            ("greedy", seqs, {"temperature": 0}), ("waiting", args.prompts, beams), ("beams", args.prompts, beams),
+        ):  # fmt: skip
+            llm._loop.plans_beams_ahead = name != "waiting"
+            seconds(count, options, args.tokens_out, 0)
+            short, whole = seconds(count, options, half, 1), seconds(count, options, args.tokens_out, 2)
+            told[name] = seqs * args.tokens_out / whole, 1e3 * (whole - short) / (args.tokens_out - half)
+    return told
 
 
 def theirs(args: argparse.Namespace) -> float:
@@ -87,11 +95,11 @@ def main() -> None:
     SHAPE["num_hidden_layers"] = args.layers
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPE))
-        rates = ours(Path(folder), args)
-    print(f"greedy, {args.prompts * args.width} sequences: {rates['greedy']:,.0f} tokens/s")
-    print(
-        f"beams, {args.prompts} x {args.width}: {rates['beams']:,.0f} tokens/s, {rates['beams'] / rates['greedy']:.1%}"
-    )
+        told = ours(Path(folder), args)
+    print(f"{args.prompts} prompts, width {args.width}; greedy: {args.prompts * args.width} sequences")
+    for name, (rate, step) in told.items():
+        ratios = f"{rate / told['greedy'][0]:.2f} of the greedy rate, {step / told['greedy'][1]:.2f} of its step"
+        print(f"{name:8} {rate:8,.0f} tokens/s, {step:.2f} ms a step; {ratios}")
     if args.transformers:
         print(f"transformers, batches of {args.transformers}: {theirs(args):,.0f} tokens/s")
 
