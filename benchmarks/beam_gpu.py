@@ -5,8 +5,8 @@
 
 Rates count ``prompts x width x tokens`` over the whole run, prompts included. Each workload runs twice in one process;
 the second run counts. A step's time is that of the second half of the tokens, from a run of all and a run of half of
-them: greedy and beams then hold as many sequences of the same lengths, and prompts have no part in it. "waiting" is beam
-search whose next step is launched only when the host knows the candidates of the one before.
+them: greedy and beams then hold as many sequences of the same lengths, and prompts have no part in it. "waiting" is
+beam search whose next step is launched only when the host knows the candidates of the one before.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class SkinnyLinear:
         ValueError: an argument outside these limits.
     """
 
-    def __init__(self, gpu: Gpu, *, dtype: torch.dtype, max_rows: int = 64) -> None:
+    def __init__(self, gpu: Gpu, *, dtype: torch.dtype, max_rows: int = BUCKETS[-1]) -> None:
         if dtype not in _NAMES:
             raise ValueError(f"dtype is {dtype}; skinny products take torch.float16 or torch.bfloat16")
         if not 1 <= max_rows <= BUCKETS[-1]:

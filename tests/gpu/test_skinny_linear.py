@@ -38,7 +38,7 @@ def gpu() -> Iterator[Gpu]:
         for n, k in SIZES
         for bucket in BUCKETS
         for code in product.variants(bucket, n, k)
-        for gate in (range(5) if bucket in (8, 16, 64) and n == 2064 else [0])
+        for gate in (range(5) if bucket in (8, 16, 64, 128) and n == 2064 else [0])
         if (layout := product.layout(Variant.of(code), bucket, n, k))
     }
     with ThreadPoolExecutor() as pool:
@@ -98,7 +98,7 @@ def test_every_variant(products: dict[torch.dtype, SkinnyLinear], dtype: torch.d
 )
 def test_odd_sizes(products: dict[torch.dtype, SkinnyLinear], dtype: torch.dtype, n: int, k: int) -> None:
     g, product = generator(), products[dtype]
-    for rows in (1, 2, 7, 13, 33, 61):
+    for rows in (1, 2, 7, 13, 33, 61, 70, 125):
         x, weight = matrix(g, rows, k, dtype), matrix(g, n, k, dtype, k**-0.5)
         out = torch.full((rows, n), float("nan"), dtype=dtype, device="cuda")
         for variant in product.variants(rows, n, k):
@@ -111,7 +111,7 @@ def test_odd_sizes(products: dict[torch.dtype, SkinnyLinear], dtype: torch.dtype
 @pytest.mark.parametrize("gate", [None, *ACTIVATIONS])
 def test_epilogues(products: dict[torch.dtype, SkinnyLinear], dtype: torch.dtype, gate: str | None) -> None:
     g, product = generator(), products[dtype]
-    for rows, n, k in ((1, 2064, 520), (16, 2064, 520), (50, 2064, 520), (3, 30000, 264)):
+    for rows, n, k in ((1, 2064, 520), (16, 2064, 520), (50, 2064, 520), (3, 30000, 264), (100, 2064, 520)):
         columns = n // 2 if gate else n
         x, weight = matrix(g, rows, k, dtype), matrix(g, n, k, dtype, k**-0.5)
         bias, residual = matrix(g, 1, n, dtype)[0], matrix(g, rows, columns, dtype)
@@ -125,7 +125,7 @@ def test_epilogues(products: dict[torch.dtype, SkinnyLinear], dtype: torch.dtype
 
 def test_strided_rows_and_a_residual_in_place(products: dict[torch.dtype, SkinnyLinear]) -> None:
     g, product = generator(), products[torch.bfloat16]
-    for rows in (1, 5, 40):
+    for rows in (1, 5, 40, 90):
         wide, weight = matrix(g, rows, 1536, torch.bfloat16), matrix(g, 640, 512, torch.bfloat16, 0.05)
         x, sums = wide[:, 512:1024], matrix(g, rows, 1280, torch.bfloat16)
         before = sums.clone()
@@ -139,11 +139,11 @@ def test_strided_rows_and_a_residual_in_place(products: dict[torch.dtype, Skinny
 
 def test_a_row_does_not_depend_on_the_others_nor_on_the_moment(products: dict[torch.dtype, SkinnyLinear]) -> None:
     g, product = generator(), products[torch.bfloat16]
-    x, weight = matrix(g, 64, 2048, torch.bfloat16), matrix(g, 4096, 2048, torch.bfloat16)
-    for variant in product.variants(64, 4096, 2048):
-        whole = torch.empty(64, 4096, dtype=torch.bfloat16, device="cuda")
+    x, weight = matrix(g, 128, 2048, torch.bfloat16), matrix(g, 4096, 2048, torch.bfloat16)
+    for variant in product.variants(128, 4096, 2048):
+        whole = torch.empty(128, 4096, dtype=torch.bfloat16, device="cuda")
         product(whole, x, weight, variant=variant)
-        for rows in (1, 3, 8, 16, 24, 32, 48, 64):
+        for rows in (1, 3, 8, 16, 24, 32, 48, 64, 96, 128):
             for _ in range(5):
                 out = torch.empty(rows, 4096, dtype=torch.bfloat16, device="cuda")
                 product(out, x[:rows], weight, variant=variant)
@@ -156,7 +156,7 @@ def test_a_chain_in_a_graph(products: dict[torch.dtype, SkinnyLinear]) -> None:
     weights = [
         (matrix(g, 3072, 1024, torch.bfloat16, 0.03), matrix(g, 1024, 1536, torch.bfloat16, 0.03)) for _ in range(6)
     ]
-    for rows in (1, 16, 64):
+    for rows in (1, 16, 64, 128):
         x = torch.zeros(rows, 1024, dtype=torch.bfloat16, device="cuda")
         inner, outer = x.new_empty(rows, 1536), x.new_empty(rows, 1024)
 
@@ -183,7 +183,7 @@ def test_a_chain_in_a_graph(products: dict[torch.dtype, SkinnyLinear]) -> None:
 
 def test_refusals(products: dict[torch.dtype, SkinnyLinear], gpu: Gpu) -> None:
     product = products[torch.bfloat16]
-    assert not product.supports(65, 64, 64) and not product.supports(1, 64, 63) and not product.supports(0, 64, 64)
+    assert not product.supports(129, 64, 64) and not product.supports(1, 64, 63) and not product.supports(0, 64, 64)
     x = torch.zeros(2, 64, dtype=torch.bfloat16, device="cuda")
     weight, out = x.new_zeros(32, 64), x.new_zeros(2, 32)
     for call in (
@@ -193,7 +193,7 @@ def test_refusals(products: dict[torch.dtype, SkinnyLinear], gpu: Gpu) -> None:
         lambda: product(out.half(), x, weight),
         lambda: product(out, x.new_zeros(129)[1:].view(2, 64), weight),
         lambda: SkinnyLinear(gpu, dtype=torch.float32),
-        lambda: SkinnyLinear(gpu, dtype=torch.float16, max_rows=128),
+        lambda: SkinnyLinear(gpu, dtype=torch.float16, max_rows=129),
     ):
         with pytest.raises(ValueError):
             call()
