@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.kernels.harness import READ_RATE, replay_time, sizes_parser, start
 from benchmarks.kernels.sample import logits_like_a_models
-from llmapi._kernels.beam_cuda import BeamKernels, Candidates, reorder_tables, settings
+from llmapi._kernels.beam_cuda import BeamKernels, Candidates, settings
+from llmapi._kernels.beam_reorder_cuda import BEAM_MOVE, move_beams
 from llmapi._kernels.gpu import Gpu
-from llmapi._kernels.step_cuda import copy_blocks
 
 SIZES = [  # requests, beams, candidates, vocabulary
     (1, 4, 8, 32_000),
@@ -83,29 +83,28 @@ def bench_ties(gpu: Gpu, dtype: torch.dtype) -> None:
     print(f"  64 x   4 beams,    8 of  32000, all equal: {took * 1e6:8.1f} us")
 
 
-def bench_reorder(gpu: Gpu, requests: int, beams: int, width: int) -> None:
-    """Tables of a step whose beams all fork, and the copies of 64 caches' blocks of 16 tokens of 128 x 8 bfloat16."""
-    n = requests * beams
+def bench_moves(gpu: Gpu, requests: int, beams: int, width: int) -> None:
+    """Every other beam goes on from its neighbour: tables, and begun blocks in 64 caches of 8 x 128 bfloat16."""
+    n, block_size, token = requests * beams, 16, 8 * 128 * 2
     ints = partial(torch.tensor, dtype=torch.int32, device="cuda")
-    _, queue = (on_gpu(t) for t in settings([(beams, 2 * beams)] * requests))
-    source = torch.arange(n * width, dtype=torch.int32, device="cuda").view(n, width) % 4096
-    target = torch.empty_like(source)
-    parents = ints([r // beams * beams + r % beams // 2 for r in range(n)])
-    lengths, spares = torch.full_like(parents, 16 * width - 3), 4096 + torch.arange(n, device="cuda").int()
-    pairs, totals, ids = torch.empty(n, 2, dtype=torch.int32, device="cuda"), ints([0, 0]), torch.empty_like(parents)
-    tables = partial(
-        reorder_tables, gpu, source, target, requests=queue, most_rows=beams, parents=parents, lengths=lengths,
-        spares=spares, tokens=parents, block_size=16, pairs=pairs, totals=totals, ids=ids,
-    )  # fmt: skip
-    took = replay_time([tables] * 20)
-    size = 16 * 8 * 128 * 2
-    caches = torch.zeros(64, 4096 + n, size, dtype=torch.uint8, device="cuda")
+    table = torch.arange(n * width, dtype=torch.int32, device="cuda").view(n, width) % 4096
+    table[:, -1] = 4096 + torch.arange(n, dtype=torch.int32, device="cuda")  # the last one is a beam's own
+    moves = np.zeros(requests, dtype=BEAM_MOVE)
+    moves["row"] = moves["slot"] = np.arange(requests) * beams
+    moves["rows"] = beams
+    begun = block_size - 3
+    caches = torch.zeros(64, 4096 + n, block_size * token, dtype=torch.uint8, device="cuda")
     addresses = torch.tensor([c.data_ptr() for c in caches], device="cuda")
-    copied = replay_time([partial(copy_blocks, gpu, addresses, pairs, size, totals)] * 5)
-    rate = 2 * int(totals[0]) * size * 64 / copied / 1e12
+    move = partial(
+        move_beams, gpu, table, addresses, moves=on_gpu(moves), most_rows=beams,
+        parents=ints([r % beams // 2 * 2 for r in range(n)]), seq_lens=ints([block_size * (width - 1) + begun + 1] * n),
+        block_size=block_size, token_bytes=token,
+    )  # fmt: skip
+    took = replay_time([move] * 10)
+    moved = n // 2 * begun * token * 64 * 2
     print(
-        f"{requests:4d} x {beams:3d} beams, tables of {width:4d}: {took * 1e6:6.1f} us; {int(totals[0])} copies in 64 "
-        f"caches: {copied * 1e6:6.1f} us, {rate:.2f} TB/s",
+        f"{requests:4d} x {beams:3d} beams, tables of {width:4d}: {took * 1e6:6.1f} us, "
+        f"{moved / took / 1e12:.2f} TB/s read and written",
         flush=True,
     )
 
@@ -116,7 +115,7 @@ def main() -> None:
     bench(gpu, dtype, [s for s in SIZES if s in AIMS] if args.few else SIZES, not args.alone)
     bench_ties(gpu, dtype)
     for requests, beams, width in ((64, 4, 256), (1, 256, 256), (256, 4, 64)):
-        bench_reorder(gpu, requests, beams, width)
+        bench_moves(gpu, requests, beams, width)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ def copy_blocks(
         caches: ``[C]`` int64 addresses of the caches.
         pairs: ``[N, 2]`` int32, source and target block; no block is both.
         block_bytes: bytes of a block, a multiple of 16.
-        count: int32 on the device: how many of the pairs there are, such as the ``totals`` of
-            :func:`~llmapi._kernels.beam_cuda.reorder_tables`; None: all.
+        count: int32 on the device: how many of the pairs there are; None: all.
     """
     columns = len(pairs) if count is None else min(len(pairs), _PAIRS_AT_ONCE)
     gpu.kernel(_UNIT, "copy_blocks", "pppl")((columns, len(caches), 1), 256, caches, pairs, count, block_bytes)

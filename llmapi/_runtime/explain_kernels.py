@@ -74,7 +74,7 @@ def _tuning(store: Store, config: EngineConfig, graph: Graph | None, gpu: Gpu) -
     import torch
 
     from llmapi._runtime.graph_uses import GraphUses
-    from llmapi._runtime.linear_cuda import ROWS, LinearChoices, bucket_of
+    from llmapi._runtime.linear_cuda import LinearChoices, tuned_rows
 
     choices = LinearChoices(gpu, getattr(torch, config.dtype))
     if choices.kernel is None:
@@ -83,9 +83,6 @@ def _tuning(store: Store, config: EngineConfig, graph: Graph | None, gpu: Gpu) -
         yield Finding("tuning", None, note="a start has to export the graph first")
         return
     shapes = {i.name: i.shape for i in graph.inputs if i.kind == "weight"}
-    cases: set[str] = set()
-    for name, gate in GraphUses(graph).linears():
-        n, k = (int(size) for size in shapes[name])
-        rows = [r for r in ROWS if r <= bucket_of(config.max_batch_size) and choices.kernel.supports(r, n, k)]
-        cases.update(choices.name(r, n, k, gate) for r in rows)
-    yield look(store, "tuning", tuning_key(gpu.name, gpu.arch, config.dtype, sorted(cases)))
+    linears = [(gate, int(shapes[name][0]), int(shapes[name][1])) for name, gate in GraphUses(graph).linears()]
+    cases = choices.cases(linears, tuned_rows(config))
+    yield look(store, "tuning", tuning_key(gpu.name, gpu.arch, config.dtype, cases))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from llmapi._kernels.gated_activation_cuda import gated_activation
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
+from llmapi.config import EngineConfig
 
 ROWS = (1, 8, 16, 32, 64, 128)
 """Numbers of rows for which linear layers are tuned; others take the choice of the next larger one."""
@@ -25,6 +26,11 @@ CUBLAS = -1
 def bucket_of(rows: int) -> int:
     """The number of :data:`ROWS` whose choice so many rows take; the largest where there are more."""
     return next((r for r in ROWS if r >= rows), ROWS[-1])
+
+
+def tuned_rows(config: EngineConfig) -> tuple[int, ...]:
+    """Those of :data:`ROWS` that an engine's steps can have."""
+    return tuple(r for r in ROWS if r <= bucket_of(config.max_num_tokens))
 
 
 class LinearChoices:
@@ -48,6 +54,14 @@ class LinearChoices:
     def name(rows: int, n: int, k: int, gate: str | None) -> str:
         """The name of a case in the table: rows rounded up, outputs, inputs, activation."""
         return f"{bucket_of(rows)}x{n}x{k}" + (f" {gate}" if gate else "")
+
+    def cases(self, shapes: Iterable[tuple[str | None, int, int]], rows: tuple[int, ...]) -> list[str]:
+        """Names of what is measured for these activations, outputs and inputs, sorted; nothing without a kernel."""
+        if self.kernel is None:
+            return []
+        return sorted(
+            {self.name(r, n, k, gate) for gate, n, k in shapes for r in rows if self.kernel.supports(r, n, k)}
+        )
 
     def variant(self, rows: int, n: int, k: int, gate: str | None) -> int | None:
         """The variant of the kernel to take; None for cuBLAS."""

@@ -15,7 +15,7 @@ from llmapi._build.tensor_file import TensorFile
 from llmapi._kernels.gpu import Gpu
 from llmapi._runtime.bind_cuda import Binder
 from llmapi._runtime.engine_cuda import CudaEngine
-from llmapi._runtime.linear_cuda import ROWS, bucket_of
+from llmapi._runtime.linear_cuda import tuned_rows
 from llmapi._runtime.weights_cuda import random_weights, read_weights
 
 if TYPE_CHECKING:
@@ -52,13 +52,11 @@ def load_cuda(
 
     def tune(binder: Binder) -> None:
         groups = binder.linear_groups()
-        kernel = binder.choices.kernel
-        if kernel is None:
+        if binder.choices.kernel is None:
             return
-        rows = tuple(r for r in ROWS if r <= bucket_of(prepared.config.max_num_tokens))
+        rows = tuned_rows(prepared.config)
         shapes = [(gate, int(w[0].shape[0]), int(w[0].shape[1])) for gate, w in groups]
-        cases = [binder.choices.name(r, n, k, gate) for gate, n, k in shapes for r in rows if kernel.supports(r, n, k)]
-        key = tuning_key(gpu.name, gpu.arch, prepared.config.dtype, cases)
+        key = tuning_key(gpu.name, gpu.arch, prepared.config.dtype, binder.choices.cases(shapes, rows))
 
         def measure() -> dict[str, int]:
             with torch.inference_mode():

@@ -94,11 +94,11 @@ def test_a_source_that_is_no_longer_part_of_the_package_does_not_count(store: St
     assert found(store, step, gpu)["kernel"].note.startswith("none is compiled")
 
 
-@pytest.mark.parametrize("most", [4, 64])
+@pytest.mark.parametrize("most", [8, 64])
 def test_the_table_that_a_load_asks_for_is_the_one_looked_for(store: Store, step: Any, gpu: Any, most: int) -> None:
     """Cases as ``load_cuda`` lists them, from the weights themselves."""
     graph, config, spec = step
-    config = replace(config, max_batch_size=most)
+    config = replace(config, max_num_tokens=most)
     weights = {i.name: torch.empty(tuple(map(int, i.shape))) for i in graph.inputs if i.kind == "weight"}
     binder = Binder(gpu, graph, weights, spec, config)
     kernel = binder.choices.kernel
@@ -110,11 +110,11 @@ def test_the_table_that_a_load_asks_for_is_the_one_looked_for(store: Store, step
         if rows <= bucket_of(most) and kernel.supports(rows, *w[0].shape)
     ]
     key = tuning_key(gpu.name, gpu.arch, "bfloat16", cases)
-    missing = found(store, step, gpu, max_batch_size=most)["tuning"]
+    missing = found(store, step, gpu, max_num_tokens=most)["tuning"]
     assert not missing.found and missing.key is not None and missing.key.digest == key.digest
     store.build("tuning", key, "tiny", lambda staging: staging.write(TUNING_FILE, b"{}")).close()
-    assert found(store, step, gpu, max_batch_size=most)["tuning"].found
-    other = found(store, step, gpu, max_batch_size=most, dtype="float16", kv_dtype="float16")["tuning"]
+    assert found(store, step, gpu, max_num_tokens=most)["tuning"].found
+    other = found(store, step, gpu, max_num_tokens=most, dtype="float16", kv_dtype="float16")["tuning"]
     assert other.nearest is not None and [str(d) for d in other.nearest[1]] == ["dtype: bfloat16 -> float16"]
 
 
