@@ -10,7 +10,8 @@ What is checked afterwards:
   one, a ``top_k`` token among the k most probable, a ``min_p`` token probable enough, each up to ``--rounding`` nats;
   what was produced in a batch, in chunks, after a preemption or on shared blocks is thus held against a single pass.
 - The same requests run alone give the same tokens, but for the first place where rounding decides; how many is printed.
-- Blocks: all are free. Bytes on the GPU: as many as before, and none after ``close``.
+- Blocks: all are free. Bytes on the GPU and on the host: shown every 30 s, so that growth is seen; only a few
+  answers are kept, so that it is the engine's own. None on the GPU after ``close``.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import random
 import resource
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from llmapi import LLM, SamplingParams
+from llmapi import LLM, GuidedDecodingParams, SamplingParams
 
 TEXT = (
     "the sea rose over an old stone wall and nobody in town could say why it had never done so before although many "
@@ -41,6 +43,48 @@ class Sent:
     future: Any
     abort_at: float | None
     output: Any = None
+
+
+class Heard:
+    """What became of the requests: counts of all, and a random few of those that ran to their end."""
+
+    def __init__(self, rng: random.Random, keep: int) -> None:
+        self._rng, self._keep = rng, keep
+        self.kept: list[Sent] = []
+        self.requests = self.whole = self.tokens = self.preemptions = self.cached = 0
+        self.reasons: collections.Counter[str] = collections.Counter()
+
+    def add(self, one: Sent) -> None:
+        """Count a finished request."""
+        output = one.output
+        assert output.error is None, output.error
+        reasons = [o.finish_reason for o in output.outputs]
+        self.requests += 1
+        self.tokens += sum(len(o.token_ids) for o in output.outputs)
+        self.reasons.update(reasons)
+        self.preemptions += output.metrics.preemptions
+        self.cached += output.num_cached_tokens
+        if not all(reason in ("length", "stop") for reason in reasons):
+            return
+        self.whole += 1
+        one.future = None
+        if len(self.kept) < self._keep:
+            self.kept.append(one)
+        elif (at := self._rng.randrange(self.whole)) < self._keep:
+            self.kept[at] = one
+
+
+def resident() -> int:
+    """MiB of host memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() >> 20
+
+
+def on_gpu() -> int:
+    """MiB that torch has allocated on the GPU now."""
+    import torch
+
+    return torch.cuda.memory_allocated() >> 20 if torch.cuda.is_available() else 0
 
 
 def random_params(rng: random.Random) -> SamplingParams:
@@ -69,6 +113,11 @@ def random_params(rng: random.Random) -> SamplingParams:
         options["min_tokens"] = 1
     if rng.random() < 0.03:
         options["logits_processors"] = [lambda ids, logits: logits]
+    if rng.random() < 0.03:
+        options["guided_decoding"] = GuidedDecodingParams(regex="[A-Za-z ,.]{1,200}")
+    if rng.random() < 0.05:
+        kept = {key: options[key] for key in ("max_tokens", "repetition_penalty", "stop") if key in options}
+        options = kept | {"use_beam_search": True, "beam_width": rng.choice([2, 3, 4, 8]), "temperature": 0}
     return SamplingParams(**options)
 
 
@@ -78,12 +127,11 @@ def random_prompt(rng: random.Random) -> str:
     return opening + " ".join(rng.choices(WORDS, k=rng.choice([1, 4, 16, 60, 200, 800])))
 
 
-def load(llm: LLM, seconds: float, rng: random.Random, in_flight: int) -> list[Sent]:
+def load(llm: LLM, seconds: float, rng: random.Random, in_flight: int, keep: int) -> Heard:
     """Keep about this many requests in flight for so long; those of the end run to theirs."""
-    sent: list[Sent] = []
+    heard = Heard(rng, keep)
     live: list[Sent] = []
     end = time.perf_counter() + seconds
-    tokens = 0
     report = time.perf_counter() + 30
     while live or time.perf_counter() < end:
         now = time.perf_counter()
@@ -91,7 +139,6 @@ def load(llm: LLM, seconds: float, rng: random.Random, in_flight: int) -> list[S
             prompt, params = random_prompt(rng), random_params(rng)
             abort_at = now + rng.uniform(0, 1.0) if rng.random() < 0.08 else None
             live.append(Sent(prompt, params, llm.generate_async(prompt, params), abort_at))
-            sent.append(live[-1])
             if rng.random() < 0.2:
                 break  # arrivals come in bursts
         for one in live:
@@ -101,21 +148,22 @@ def load(llm: LLM, seconds: float, rng: random.Random, in_flight: int) -> list[S
         for one in live:
             try:
                 one.output = one.future.result(0)
-                tokens += sum(len(o.token_ids) for o in one.output.outputs)
+                heard.add(one)
             except TimeoutError:
                 running.append(one)
         live = running
         if now > report:
-            print(f"  {len(sent)} requests, {tokens} tokens, {len(live)} in flight", flush=True)
+            held = f"{on_gpu()} MiB on the GPU, {resident()} on the host"
+            print(f"  {heard.requests} requests, {heard.tokens} tokens, {len(live)} in flight; {held}", flush=True)
             report = now + 30
         time.sleep(rng.uniform(0, 0.02))
-    return sent
+    return heard
 
 
 def plain(params: SamplingParams) -> bool:
     """Whether a token's place among the model's own probabilities says that it was allowed."""
     edited = params.repetition_penalty != 1 or params.logit_bias or params.bad_words or params.min_tokens
-    return not edited
+    return not (edited or params.guided_decoding or params.use_beam_search)
 
 
 def wrong_tokens(llm: LLM, one: Sent, rounding: float) -> list[str]:
@@ -162,33 +210,27 @@ def main() -> None:
     import torch
 
     rng = random.Random(asked.seed)
-    on_gpu = asked.backend != "cpu" and torch.cuda.is_available()
-    before = torch.cuda.mem_get_info()[0] if on_gpu else 0
+    gpu = asked.backend != "cpu" and torch.cuda.is_available()
+    before = torch.cuda.mem_get_info()[0] if gpu else 0
     llm = LLM(
         asked.model, backend=asked.backend, dtype=asked.dtype, max_seq_len=2048, max_batch_size=asked.batch,
         kv_cache_config={"max_tokens": asked.kv_tokens}, progress=False,
     )  # fmt: skip
     with llm:
         pool = llm._loop._scheduler.pool
-        load(llm, min(10.0, asked.seconds / 4), rng, asked.in_flight)  # graphs of every size are captured
-        held = torch.cuda.memory_allocated() if on_gpu else 0
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        keep = asked.check + asked.alone
+        load(llm, min(10.0, asked.seconds / 4), rng, asked.in_flight, keep)  # graphs of every size are captured
+        held, then = on_gpu(), resident()
         start = time.perf_counter()
-        sent = load(llm, asked.seconds, rng, asked.in_flight)
+        heard = load(llm, asked.seconds, rng, asked.in_flight, keep)
         seconds = time.perf_counter() - start
-        tokens = sum(len(o.token_ids) for s in sent for o in s.output.outputs)
-        reasons = collections.Counter(o.finish_reason for s in sent for o in s.output.outputs)
-        preempted = sum(s.output.metrics.preemptions for s in sent)
-        cached = sum(s.output.num_cached_tokens for s in sent)
-        print(f"{len(sent)} requests in {seconds:.0f} s, {tokens} tokens ({tokens / seconds:,.0f}/s); {dict(reasons)}")
-        print(f"preemptions {preempted}, prompt tokens found in the cache {cached}")
-        failed = [s for s in sent if s.output.error is not None]
-        assert not failed, failed[0].output.error
+        rate = f"{heard.tokens} tokens ({heard.tokens / seconds:,.0f}/s)"
+        print(f"{heard.requests} requests in {seconds:.0f} s, {rate}; {dict(heard.reasons)}")
+        print(f"preemptions {heard.preemptions}, prompt tokens found in the cache {heard.cached}")
         assert pool.num_free == pool.num_blocks, f"{pool.num_blocks - pool.num_free} blocks were not given back"
-        grown = (torch.cuda.memory_allocated() if on_gpu else 0) - held
-        more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
-        print(f"blocks left: 0 of {pool.num_blocks}; bytes more on the GPU: {grown}; KiB more on the host: {more}")
-        whole = [s for s in sent if all(o.finish_reason in ("length", "stop") for o in s.output.outputs)]
+        more = f"{on_gpu() - held} MiB more on the GPU, {resident() - then} on the host"
+        print(f"blocks left: 0 of {pool.num_blocks}; {more}")
+        whole = heard.kept
         wrong = [
             w for s in rng.sample(whole, min(asked.check, len(whole))) for w in wrong_tokens(llm, s, asked.rounding)
         ]
@@ -201,7 +243,7 @@ def main() -> None:
             same += [o.token_ids for o in output.outputs] == [o.token_ids for o in one.output.outputs]
         print(f"requests run again alone: {len(again)}, of which every token is the same: {same}")
         assert asked.dtype != "float32" or same >= 0.95 * len(again)
-    if on_gpu:
+    if gpu:
         torch.cuda.empty_cache()
         after = torch.cuda.mem_get_info()[0]
         print(f"bytes on the GPU after close: {before - after} more than before (CUDA's own context included)")

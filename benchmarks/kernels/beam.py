@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from benchmarks.kernels.sample import logits_like_a_models, replay_time
-from llmapi._kernels.beam_cuda import BeamKernels, Candidates, reorder_tables, settings
+from llmapi._kernels.beam_cuda import BeamKernels, Candidates, settings
+from llmapi._kernels.beam_reorder_cuda import BEAM_CHOICE, BEAM_MOVE, choose_beams, move_beams
 from llmapi._kernels.gpu import Gpu
-from llmapi._kernels.step_cuda import copy_blocks
 
 SIZES = [  # requests, beams, candidates, vocabulary
     (1, 4, 8, 32_000),
@@ -85,28 +85,37 @@ def bench_ties(gpu: Gpu, dtype: torch.dtype) -> None:
 
 
 def bench_reorder(gpu: Gpu, requests: int, beams: int, width: int) -> None:
-    """Tables of a step whose beams all fork, and the copies of 64 caches' blocks of 16 tokens of 128 x 8 bfloat16."""
+    """Who goes on, and the move: tables, and begun blocks of 64 caches, 13 tokens of 8 x 128 bfloat16 each."""
     n = requests * beams
     ints = partial(torch.tensor, dtype=torch.int32, device="cuda")
-    _, queue = (on_gpu(t) for t in settings([(beams, 2 * beams)] * requests))
-    source = torch.arange(n * width, dtype=torch.int32, device="cuda").view(n, width) % 4096
-    target = torch.empty_like(source)
-    parents = ints([r // beams * beams + r % beams // 2 for r in range(n)])
-    lengths, spares = torch.full_like(parents, 16 * width - 3), 4096 + torch.arange(n, device="cuda").int()
-    pairs, totals, ids = torch.empty(n, 2, dtype=torch.int32, device="cuda"), ints([0, 0]), torch.empty_like(parents)
-    tables = partial(
-        reorder_tables, gpu, source, target, requests=queue, most_rows=beams, parents=parents, lengths=lengths,
-        spares=spares, tokens=parents, block_size=16, pairs=pairs, totals=totals, ids=ids,
-    )  # fmt: skip
-    took = replay_time([tables] * 20)
-    size = 16 * 8 * 128 * 2
-    caches = torch.zeros(64, 4096 + n, size, dtype=torch.uint8, device="cuda")
+    choices = np.zeros(requests, dtype=BEAM_CHOICE)
+    choices["list"], choices["rows"], choices["k"] = np.arange(requests), beams, 2 * beams
+    choices["slot"], choices["ends_stop"] = np.arange(requests) * beams, 1
+    planes = torch.zeros(3, requests, 2 * beams, dtype=torch.int32, device="cuda")
+    planes[0] = torch.linspace(-1, -9, 2 * beams, device="cuda").view(torch.int32)
+    planes[1:] = torch.arange(2 * beams, device="cuda") // 4  # tokens, and rows of which each has four continuations
+    planes[1] += 7
+    chosen = torch.empty(3, n, dtype=torch.int32, device="cuda")
+    choose = partial(choose_beams, gpu, planes, on_gpu(choices), ints([2]), chosen)
+    choosing = replay_time([choose] * 20)
+    moves = np.zeros(requests, dtype=BEAM_MOVE)
+    moves["row"] = moves["slot"] = np.arange(requests) * beams
+    moves["rows"] = beams
+    table = n + torch.arange(n * width, dtype=torch.int32, device="cuda").view(n, width) % 4096
+    table[:, -1] = torch.arange(n, device="cuda")
+    token = 8 * 128 * 2
+    caches = torch.zeros(64, 4096 + n, 16 * token, dtype=torch.uint8, device="cuda")
     addresses = torch.tensor([c.data_ptr() for c in caches], device="cuda")
-    copied = replay_time([partial(copy_blocks, gpu, addresses, pairs, size, totals)] * 5)
-    rate = 2 * int(totals[0]) * size * 64 / copied / 1e12
+    move = partial(
+        move_beams, gpu, table, addresses, moves=on_gpu(moves), most_rows=beams, parents=chosen[0],
+        seq_lens=torch.full((n,), 16 * width - 2, dtype=torch.int32, device="cuda"), block_size=16, token_bytes=token,
+    )  # fmt: skip
+    moving = replay_time([move] * 5)
+    copied = int((chosen[0].view(requests, beams) != torch.arange(beams, device="cuda")).sum())
+    rate = 2 * copied * 13 * token * 64 / moving / 1e12
     print(
-        f"{requests:4d} x {beams:3d} beams, tables of {width:4d}: {took * 1e6:6.1f} us; {int(totals[0])} copies in 64 "
-        f"caches: {copied * 1e6:6.1f} us, {rate:.2f} TB/s",
+        f"{requests:4d} x {beams:3d} beams, tables of {width:4d}: chosen in {choosing * 1e6:6.1f} us; moved, with "
+        f"{copied} begun blocks in 64 caches, in {moving * 1e6:6.1f} us, {rate:.2f} TB/s",
         flush=True,
     )
 

@@ -51,7 +51,7 @@ class Flight:
     Attributes:
         rows: what is sampled.
         pending: the tokens; None where no row is sampled.
-        overlaps: whether the next step may be planned before the tokens are known.
+        overlaps: whether the next step may be launched before the tokens are known.
         probed: jobs whose probe took its last row.
         turns: searches that take part.
         candidates: what they wait for; None where there are none.

@@ -123,8 +123,9 @@ class EngineLoop:
         self._engine.close()
 
     def _step(self) -> None:
-        """Admit, schedule, run, sample, commit. Where a step's tokens need no host work to be chosen, the next step is
-        planned and launched before they are known here: their places hold references that the engine fills in.
+        """Admit, schedule, run, sample, commit. Where a step's tokens stay on the engine's device, the next step is
+        planned and launched before they are known here: their places hold references that the engine fills in. What a
+        choice depends on that the host works out from the tokens before is worked out while that step runs.
         """
         self._admit()
         plan = self._scheduler.schedule()
@@ -158,7 +159,7 @@ class EngineLoop:
         probed: list[Job] = []
         turns: list[BeamTurn] = []
         asks: list[BeamAsk] = []
-        overlaps, first = True, 0
+        overlaps, waits, first = True, False, 0
         for entry, count in zip(plan.entries, batch.logits_rows, strict=True):
             job = self._jobs[entry.seq.request]
             if (probe := job.request.probe) is not None:
@@ -179,22 +180,26 @@ class EngineLoop:
                 rows.append(SampleRow(entry.seq, _draws(entry.seq)))
                 picked.append(first + count - 1)
                 overlaps = overlaps and self._sampler.overlaps(rows[-1])
+                waits = waits or self._sampler.waits(rows[-1])
             first += count
         self.steps += 1
-        overlaps = overlaps and all(self._goes_ahead(turn.job) for turn in turns)
+        goes_ahead = [self._goes_ahead(turn.job) for turn in turns]
+        overlaps = overlaps and all(goes_ahead)
         flight = Flight(rows, None, overlaps, probed, turns, moved=moved)
         if not rows and not turns:
             return flight
-        if not overlaps:
+        if (waits or not all(goes_ahead)) and self._flight is not None:
             self._land(flight)  # what these rows are sampled by may depend on the tokens before
+            going = [i for i, row in enumerate(rows) if not row.sequence.finished]  # not ended by those
+            flight.rows, picked = [rows[i] for i in going], [picked[i] for i in going]
         if turns:
             if overlaps:
                 for turn in turns:
                     turn.asks[0].ends = turn.job.request.stop_token_ids
             flight.candidates = self._sampler.candidates.start(logits, asks, chosen)
-        if rows:
+        if flight.rows:
             wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked, device=logits.device)]
-            flight.pending = self._sampler.start(wanted, rows)
+            flight.pending = self._sampler.start(wanted, flight.rows)
         return flight
 
     def _goes_ahead(self, job: Job) -> bool:

@@ -115,8 +115,12 @@ class Sampler:
         self.candidates = Candidates(vocab_size, self._edits)
 
     def overlaps(self, row: SampleRow) -> bool:
-        """Whether the next step may be planned before this row's tokens are known to the host: never, here."""
+        """Whether the next step may be launched before this row's tokens are known to the host: never, here."""
         return False
+
+    def waits(self, row: SampleRow) -> bool:
+        """Whether the host must know all tokens before this row's when the choice begins: always, here."""
+        return True
 
     def start(self, logits: Tensor, rows: Rows[SampleRow]) -> ReadyTokens:
         """Begin to choose; the choice is waited for with ``result()``. Arguments as those of a call."""

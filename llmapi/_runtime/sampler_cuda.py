@@ -49,7 +49,7 @@ class _Fixed:
         ends: whether min_tokens may mask something.
         guided: whether a grammar says what may come next.
         busy: whether a row must be looked at in every step.
-        overlaps: whether host work is never needed between two tokens.
+        waits: whether the choice is made of something that the host works out from the tokens before.
     """
 
     row: bytes
@@ -60,7 +60,7 @@ class _Fixed:
     ends: bool
     guided: bool
     busy: bool
-    overlaps: bool
+    waits: bool
 
 
 @dataclass(slots=True)
@@ -122,8 +122,12 @@ class CudaSampler(Sampler):
         return self._counts.nbytes + (0 if self._scratch is None else self._scratch.nbytes)
 
     def overlaps(self, row: SampleRow) -> bool:
-        """Whether the next step may be planned before this row's token is known to the host."""
-        return row.count == 1 and self._settings(row.sequence.request.params).overlaps
+        """Whether the next step may be launched before this row's token is known to the host: its id stays here."""
+        return row.count == 1
+
+    def waits(self, row: SampleRow) -> bool:
+        """Whether the host must know all tokens before this row's when the choice begins."""
+        return row.count > 1 or self._settings(row.sequence.request.params).waits
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, rows: Rows[SampleRow]) -> list[Sampled]:
@@ -274,8 +278,8 @@ class CudaSampler(Sampler):
             bias["id"], bias["value"] = plan.bias[0].numpy(), plan.bias[1].numpy()
         listed, ends, guided = bool(plan.bad_words), p.min_tokens > 0, p.guided_decoding is not None
         busy = served and bool(penalized or listed or ends or guided or len(bias))
-        overlaps = served and plan.longest <= 1 and not guided
-        return _Fixed(row.tobytes(), bias, served, penalized, listed, ends, guided, busy, overlaps)
+        waits = not served or plan.longest > 1 or guided
+        return _Fixed(row.tobytes(), bias, served, penalized, listed, ends, guided, busy, waits)
 
     def _texts(self, params: SamplingParams) -> SamplerTokenizer | None:
         return self._tokenizer if params.detokenize else None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmapi import LLM, SamplingParams
+from llmapi import LLM, GuidedDecodingParams, SamplingParams
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine_cpu import CpuEngine
 from llmapi._runtime.sampler import Sampled, Sampler, SampleRow
@@ -34,15 +34,20 @@ class Late:
 
 
 class OverlappingSampler(Sampler):
-    """Rows overlap unless their request needs the host."""
+    """Rows overlap unless they draw several tokens; the host must know what came before where it has a part in it."""
 
     def overlaps(self, row: SampleRow) -> bool:
+        return row.count == 1
+
+    def waits(self, row: SampleRow) -> bool:
         params = row.sequence.request.params
-        return row.count == 1 and not params.logits_processors and params.repetition_penalty == 1
+        host = params.logits_processors or params.repetition_penalty != 1 or params.guided_decoding or params.bad_words
+        return row.count > 1 or bool(host)
 
     def start(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> Any:
         for row in rows:
-            if not self.overlaps(row):
+            assert not row.sequence.finished, "a row that has ended is chosen for"
+            if self.waits(row):
                 assert all(t >= 0 for t in row.sequence.token_ids), "a row that needs the host meets a reference"
         return Late(self(logits, rows))
 
@@ -91,8 +96,12 @@ def test_tokens_are_those_of_the_plain_loop(
             options["repetition_penalty"] = 1.3
         if i % 5 == 3:
             options["stop"] = ["a", "e"]
+        if i % 5 == 4:
+            options["guided_decoding"] = GuidedDecodingParams(regex=rng.choice(["[a-z]{1,9}", "(yes|no)+", "[^x]*"]))
         if i % 7 == 4:
             options |= {"prompt_logprobs": 1, "logprobs": 2}
+        if i % 7 == 5:
+            options["bad_words"] = ["a b", "the"]
         params.append(SamplingParams(**options))
     with start(checkpoint, tmp_path) as llm:
         expected = llm.generate(prompts, params, use_tqdm=False)
@@ -107,6 +116,30 @@ def test_tokens_are_those_of_the_plain_loop(
         assert [c.token_ids for c in a.outputs] == [c.token_ids for c in e.outputs]
         assert [c.text for c in a.outputs] == [c.text for c in e.outputs]
         assert [c.finish_reason for c in a.outputs] == [c.finish_reason for c in e.outputs]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guided_decoding": GuidedDecodingParams(regex="[a-z ]{40,}")},
+        {"logits_processors": [lambda ids, logits: logits]},
+        {"bad_words": ["a b"]},
+    ],
+    ids=["guided", "processor", "bad_words"],
+)
+def test_a_row_that_needs_the_host_holds_no_step_back(
+    options: dict[str, Any], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every decoding step is launched before the tokens of the one before are known here, this row's, too."""
+    monkeypatch.setattr("llmapi._runtime.engine_cpu.CpuEngine", OverlappingEngine)
+    with start(checkpoint, tmp_path) as llm:
+        plain = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=30, min_tokens=30, **options)
+        OverlappingEngine.filled = 0
+        outputs = llm.generate(prompts_of([7, 5]), [plain, params])
+        assert [len(o.outputs[0].token_ids) for o in outputs] == [30, 30]
+        assert OverlappingEngine.filled == 2 * 29
+        until(lambda: idle(llm))
 
 
 def test_streams_and_aborts_never_show_a_reference(

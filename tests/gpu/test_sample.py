@@ -350,7 +350,7 @@ def test_penalties_follow_the_output(gpu: Gpu, seed: int) -> None:
     for step in range(40):
         x = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(seed + step)) * 2
         handle = sampler.start(x.to(gpu.device), rows)
-        assert all(sampler.overlaps(r) for r in rows)
+        assert not any(sampler.waits(r) for r in rows)
         if pending is not None:  # the step before lands only now: its references become tokens
             results, started, logits = pending
             known = results.result()
@@ -383,8 +383,9 @@ def test_rows_that_need_the_host(gpu: Gpu, seed: int) -> None:
         row(seed=5, temperature=0), row(seed=6, logprobs=700),
     ]  # fmt: skip
     sampler = make(gpu, vocab, torch.bfloat16)
-    assert [sampler.overlaps(r) for r in rows] == [False, True, False, False, True, False]
-    assert not sampler.overlaps(row(bad_words=["5 7"])) and sampler.overlaps(row(bad_words=["5"]))
+    assert [sampler.waits(r) for r in rows] == [True, False, True, True, False, True]
+    assert [sampler.overlaps(r) for r in rows] == [True, True, False, True, True, True]
+    assert sampler.waits(row(bad_words=["5 7"])) and not sampler.waits(row(bad_words=["5"]))
     handle = sampler.start(x, rows)
     got, expected = handle.result(), Sampler(vocab)(x.cpu(), rows)
     assert [s.token_ids for s in got] == [s.token_ids for s in expected], f"seed {seed}"
