@@ -67,11 +67,11 @@ class BeamRun:
     """A request's search.
 
     The beams are the request's sequences. A beam that goes on with one token stays the sequence that it is; each
-    further continuation takes the place of a sequence whose beam does not go on (:func:`llmapi._runtime.beam.seats`), or
-    is a new one.
+    further continuation takes the place of a sequence whose beam does not go on (:func:`llmapi._runtime.beam.seats`),
+    or is a new one.
 
-    While the host waits for a step's candidates, the next step may have been launched, for which the device chose by the
-    same rules: :meth:`reserve` then puts a reference in the place of each beam's token, and :meth:`advance` follows.
+    While the host waits for a step's candidates, the next step may have been launched, for which the device chose by
+    the same rules: :meth:`reserve` then puts a reference in the place of each beam's token, and :meth:`advance` follows.
 
     Args:
         request: with ``use_beam_search``; its one sequence is the prompt.

@@ -124,8 +124,8 @@ Select = Callable[[Tensor, Spans, bool], Tensor]
 
 ``K`` is the largest count. Plane 0 holds scores as the bits of float32, plane 1 tokens, plane 2 rows within the search;
 each search's candidates stand best first, equal scores by row and then by token, and what is beyond its count, or its
-rows times V, has the score -inf. ``normalized`` says that the logits are log probabilities already (float32). A row's NaN
-makes its search's first score NaN; a kernel then says row -1, and why in the token (:func:`no_choice.failed`).
+rows times V, has the score -inf. ``normalized`` says that the logits are log probabilities already (float32). A row's
+NaN makes its search's first score NaN; a kernel then says row -1, and why in the token (:func:`no_choice.failed`).
 """
 
 

@@ -200,7 +200,7 @@ def test_a_search_that_fails_fails_alone(checkpoint: Path, cache: Path) -> None:
     with start(checkpoint, cache) as llm:
         good = llm.generate(second, beam(3, 15, ignore_eos=True))
         both = [llm.generate_async(p, beam(3, 15, ignore_eos=True)) for p in (first, second)]
-        with pytest.raises(Exception, match="output token 4: 1 of .* logits are NaN"):
+        with pytest.raises(Exception, match=r"output token 4: 1 of .* logits are NaN"):
             both[0].result(60)
         assert told(both[1].result(60)) == told(good)
         until(lambda: idle(llm))
@@ -243,8 +243,8 @@ def test_arrivals_and_aborts_at_random(seed: int, checkpoint: Path, cache: Path,
         running = []
         for prompt, own in zip(prompts, params, strict=True):
             running.append(llm.generate_async(prompt, own))
-            before = llm._loop.steps
-            until(lambda before=before, more=rng.randint(0, 3): llm._loop.steps >= before + more or idle(llm))
+            enough = llm._loop.steps + rng.randint(0, 3)
+            until(lambda enough=enough: llm._loop.steps >= enough or idle(llm))  # type: ignore[misc]
         doomed = rng.sample(range(24), 6)
         for i in doomed:
             running[i].abort()
