@@ -71,7 +71,8 @@ class BeamRun:
     or is a new one.
 
     While the host waits for a step's candidates, the next step may have been launched, for which the device chose by
-    the same rules: :meth:`reserve` then puts a reference in the place of each beam's token, and :meth:`advance` follows.
+    the same rules: :meth:`reserve` then puts a reference in the place of each beam's token, and :meth:`advance`
+    follows.
 
     Args:
         request: with ``use_beam_search``; its one sequence is the prompt.

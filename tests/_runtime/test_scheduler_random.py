@@ -579,14 +579,14 @@ def with_fault(name: str) -> tuple[type[BlockPool], type[Scheduler]]:
     if module is lockstep:
         using: dict[str, Any] = {"__name__": scheduler.__name__}
         exec(compile(inspect.getsource(scheduler), f"<over {name}>", "exec"), using)
-        using.update({k: namespace[k] for k in ("Parked", "take_over", "branch_blocks")})
+        using.update({k: namespace[k] for k in ("Parked", "take_over", "inherit", "branch_blocks")})
         return BlockPool, using["Scheduler"]
     return namespace.get("BlockPool", BlockPool), namespace.get("Scheduler", Scheduler)
 
 
 FAULT_LOADS = [
     "tight", "beams", "tiny", "old prefills, young beams", "priorities", "whole pool", "tight searches",
-    "tight searches, no cache", "searches and samples",
+    "tight searches, no cache", "searches and samples", "tight searches ahead",
 ]  # fmt: skip
 
 
