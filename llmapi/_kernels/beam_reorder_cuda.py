@@ -21,8 +21,8 @@ BEAM_CHOICE = np.dtype(
     ]
 )
 """A search whose continuations are chosen, as ``struct Choice``: the row of its candidates, its beams, how many
-candidates it has, its first place among the results, and where in the list of ends those of its tokens stand
-that end it."""
+candidates it has, its first place among the results, and where in the list of ends those of its tokens stand that end
+it."""
 
 BEAM_MOVE = np.dtype([("row", "<i4"), ("rows", "<i4"), ("slot", "<i4"), ("unused", "<i4")])
 """A search that has moved, as ``struct Move``: its first row in the tables, its beams, its first place among what

@@ -8,7 +8,6 @@ from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.nvrtc import Unit
 
 _UNIT = Unit.of("step.cu")
-_PAIRS_AT_ONCE = 32  # blocks of a launch over each cache, where the host does not know how many pairs there are
 
 
 def units(dtype: str) -> list[Unit]:
@@ -28,16 +27,12 @@ def resolve_ids(gpu: Gpu, source: torch.Tensor, sampled: torch.Tensor | None, id
     gpu.kernel(_UNIT, "resolve_ids", "pppi")((-(-count // 256), 1, 1), 256, source, sampled, ids, count)
 
 
-def copy_blocks(
-    gpu: Gpu, caches: torch.Tensor, pairs: torch.Tensor, block_bytes: int, count: torch.Tensor | None = None
-) -> None:
+def copy_blocks(gpu: Gpu, caches: torch.Tensor, pairs: torch.Tensor, block_bytes: int) -> None:
     """Copy whole blocks, at once and in every cache.
 
     Args:
         caches: ``[C]`` int64 addresses of the caches.
         pairs: ``[N, 2]`` int32, source and target block; no block is both.
         block_bytes: bytes of a block, a multiple of 16.
-        count: int32 on the device: how many of the pairs there are; None: all.
     """
-    columns = len(pairs) if count is None else min(len(pairs), _PAIRS_AT_ONCE)
-    gpu.kernel(_UNIT, "copy_blocks", "pppl")((columns, len(caches), 1), 256, caches, pairs, count, block_bytes)
+    gpu.kernel(_UNIT, "copy_blocks", "ppl")((len(pairs), len(caches), 1), 256, caches, pairs, block_bytes)

@@ -45,8 +45,8 @@ class Flight:
 
     While it flies, a sequence whose next token is not its last carries a reference in that token's place, ``~row``: row
     ``row`` of the step launched last. The engine puts the token there before the next step reads it. The rows of
-    searches for which the device chose who goes on come after those that are sampled. A beam's reference is
-    to the token with which the row goes on, whichever beam it goes on from.
+    searches for which the device chose who goes on come after those that are sampled. A beam's reference is to the
+    token with which the row goes on, whichever beam it goes on from.
 
     Attributes:
         rows: what is sampled.

@@ -3,8 +3,8 @@
 Invariants, asserted by the scheduler's randomized test:
     - Sequences are parked behind another one of their request that waits or runs, and own no block.
     - A sequence that takes over another's blocks holds one reference to each, and none to those that it had.
-    - A sequence whose last block is begun is the only owner of that block once it has written to it; so an heir that
-      has no continuation of its own can lend its last block to what it inherits.
+    - A sequence whose last block is begun is the only owner of that block once it has written to it; so an heir, which
+      has no continuation of its own, has a block for what it inherits.
 """
 
 from __future__ import annotations

@@ -183,11 +183,12 @@ class EngineLoop:
                 waits = waits or self._sampler.waits(rows[-1])
             first += count
         self.steps += 1
-        overlaps = overlaps and all(self._goes_ahead(turn.job) for turn in turns)
+        goes_ahead = [self._goes_ahead(turn.job) for turn in turns]
+        overlaps = overlaps and all(goes_ahead)
         flight = Flight(rows, None, overlaps, probed, turns, moved=moved)
         if not rows and not turns:
             return flight
-        if waits or not overlaps:
+        if (waits or not all(goes_ahead)) and self._flight is not None:
             self._land(flight)  # what these rows are sampled by may depend on the tokens before
             going = [i for i, row in enumerate(rows) if not row.sequence.finished]  # not ended by those
             flight.rows, picked = [rows[i] for i in going], [picked[i] for i in going]

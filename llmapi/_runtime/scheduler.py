@@ -23,8 +23,8 @@ may be finished or added, and none may be forked. When a plan could not be run, 
 A plan may be made before the last tokens of its sequences are known: ``token_ids`` end in a reference then, and the
 tokens are put in before ``commit``. A search of which it is not known either which beam goes on from which is planned
 as if each beam went on from itself: a beam writes to its own last block, whoever it goes on from. Once that is known,
-before ``commit``, :meth:`Scheduler.inherit` says so. What a plan computes for nothing is taken out of it
-before ``commit``.
+before ``commit``, :meth:`Scheduler.inherit` says so. What a plan computes for nothing is taken out of it before
+``commit``.
 """
 
 from __future__ import annotations

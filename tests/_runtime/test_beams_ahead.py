@@ -243,9 +243,8 @@ def test_arrivals_and_aborts_at_random(seed: int, checkpoint: Path, cache: Path,
         running = []
         for prompt, own in zip(prompts, params, strict=True):
             running.append(llm.generate_async(prompt, own))
-            before = llm._loop.steps
-            wanted = before + rng.randint(0, 3)
-            until(lambda wanted=wanted: llm._loop.steps >= wanted or idle(llm))
+            enough = llm._loop.steps + rng.randint(0, 3)
+            until(lambda enough=enough: llm._loop.steps >= enough or idle(llm))  # type: ignore[misc]
         doomed = rng.sample(range(24), 6)
         for i in doomed:
             running[i].abort()

@@ -20,6 +20,7 @@ from llmapi._build.tensor_file import TensorFile
 from llmapi._runtime.engine_cuda import CudaEngine
 from llmapi.config import EngineConfig
 from llmapi.models.spec import TransformerSpec
+from tests._runtime.played import watch_tables
 from tests.api.beam_truth import by_transformers
 from tests.api.truth import Truth, idle, prompts_of, until
 from tests.emulator.gpu import EmulatedGpu
@@ -175,6 +176,34 @@ def test_beams_are_those_of_transformers(llm: LLM, truth: Truth) -> None:
         assert [o.score for o in outputs[i].outputs] == pytest.approx([s for _, s in expected], abs=1e-4)
     assert outputs[1].outputs[0].token_ids == truth.greedy(prompts[1], 9)
     assert llm._loop._sampler.candidates._select.launches > 10  # type: ignore[attr-defined]
+    until(lambda: idle(llm))
+
+
+def test_beams_that_are_planned_ahead(llm: LLM) -> None:
+    """The kernels' tables are the host's after each launch; texts and scores are those of the synchronous way."""
+    prompts = prompts_of([30, 3, 17, 9, 14], seed=8)
+    search: dict[str, Any] = {"use_beam_search": True}
+    params = [
+        SamplingParams(beam_width=4, n=4, max_tokens=22, **search),
+        SamplingParams(beam_width=3, n=3, max_tokens=18, length_penalty=2.0, early_stopping="never", **search),
+        greedy(20),
+        SamplingParams(beam_width=2, max_tokens=25, ignore_eos=True, **search),
+        SamplingParams(beam_width=1, max_tokens=9, **search),
+    ]
+    engine: Any = llm._loop._engine
+    compared = watch_tables(llm, lambda row: engine._buffers.tables[row].tolist())
+    ahead = llm.generate(prompts, params, use_tqdm=False)
+    until(lambda: idle(llm))
+    moved = engine._mover.launches
+    assert moved > 30 and compared() > 80
+    llm._loop.plans_beams_ahead = False
+    plain = llm.generate(prompts, params, use_tqdm=False)
+    assert engine._mover.launches == moved
+    for one, other in zip(ahead, plain, strict=True):
+        assert [o.token_ids for o in one.outputs] == [o.token_ids for o in other.outputs]
+        for a, b in zip(one.outputs, other.outputs, strict=True):
+            assert a.finish_reason == b.finish_reason
+            assert a.score == (None if b.score is None else pytest.approx(b.score, abs=1e-4))
     until(lambda: idle(llm))
 
 

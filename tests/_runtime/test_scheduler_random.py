@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from llmapi._runtime import blocks, lockstep, scheduler
+from llmapi._runtime.beam import seats
 from llmapi._runtime.blocks import BlockPool
 from llmapi._runtime.request import Request, Sequence, Status
 from llmapi._runtime.scheduler import Scheduler, StepPlan
@@ -41,6 +42,7 @@ class Load:
     arrivals: float = 0.5  # chance of a new request before each step
     priorities: int = 1
     lockstep: float = 0.0  # share of requests that are beam searches, reordered after each step
+    ahead: float = 0.0  # share of their steps after which the next one is planned before it is known how they go on
 
 
 LOADS = {
@@ -61,6 +63,9 @@ LOADS = {
     "searches and samples": Load(40, 4, 16, 8, 20, 16, lockstep=0.5, priorities=3),
     "tight searches": Load(22, 4, 24, 8, 24, 16, lockstep=0.6),
     "tight searches, no cache": Load(22, 4, 24, 8, 24, 16, lockstep=0.6, caching=False),
+    "searches ahead": Load(64, 4, 24, 8, 20, 24, lockstep=1.0, ahead=0.8),
+    "tight searches ahead": Load(22, 4, 24, 8, 24, 16, lockstep=0.6, ahead=0.8),
+    "tight searches ahead, no cache": Load(22, 4, 24, 8, 24, 16, lockstep=0.6, caching=False, ahead=0.9),
     "wide searches": Load(48, 4, 8, 8, 16, 12, lockstep=0.8, width=8, arrivals=0.3),
 }
 
@@ -88,6 +93,7 @@ class World:
         self.prompts: list[list[int]] = []
         self.seen: Counter[str] = Counter()
         self.num_requests = 0
+        self.flying: dict[Request, tuple[list[Sequence], list[int], list[int]]] = {}  # beams, parents, tokens by row
 
     # what the outside does
 
@@ -180,6 +186,7 @@ class World:
             return
         self.check(copied=False)
         self.check_policy(plan, *before, todo)
+        self.land(plan)
         self.run(plan)
         producing = [entry.seq for entry in plan.entries if entry.produces_logits]
         if self.rng.random() < 0.02:  # an abort while the step runs
@@ -223,6 +230,14 @@ class World:
             for seq in list(seqs):
                 self.leave(seq)
             return
+        if self.load.ahead and len(seqs) == request.params.num_beams and self.rng.random() < self.load.ahead:
+            going = [self.rng.randrange(len(seqs)) for _ in seqs]
+            by_row, _ = seats(going, len(seqs))
+            rows = [going[rank] for rank in by_row if rank is not None]
+            self.flying[request] = list(seqs), rows, [self.rng.randrange(3) for _ in seqs]
+            for seq in seqs:
+                seq.token_ids.append(-1)
+            return
         wanted = request.params.num_beams - (self.rng.random() < 0.1)
         parents = [self.rng.choice(seqs) for _ in range(wanted)]
         free = [seq for seq in seqs if seq not in parents]
@@ -241,6 +256,36 @@ class World:
             self.leave(seq)
         for seq in going:
             seq.token_ids.append(self.rng.randrange(3))
+
+    def land(self, plan: StepPlan) -> None:
+        """Make known how the searches went on that this plan was made without knowing; those in it have moved."""
+        planned, size = {entry.seq.request for entry in plan.entries}, self.load.block_size
+        for request, (beams, parents, tokens) in self.flying.items():
+            left = [seq for seq in beams if seq.status is not Status.FINISHED]
+            for seq in left:
+                del seq.token_ids[-1]
+                self.histories[seq] = self.histories[seq][: len(seq.token_ids)]
+            torn = left != beams  # a beam was aborted: the others stay
+            for row, heir in enumerate(left):
+                parent = heir if torn else beams[parents[row]]
+                if parent is not heir:
+                    heir.token_ids = parent.token_ids.copy()
+                    self.histories[heir] = self.histories[parent].copy()
+                    if request in planned:
+                        begun = heir.num_computed % size
+                        source, target = parent.block_table[-1], heir.block_table[-1]
+                        self.check_written(target)
+                        for offset in range(begun):
+                            self.kv[target, offset] = self.kv[source, offset]
+                        self.scheduler.inherit(heir, parent)
+                        self.seen["inherited"] += 1
+                    else:
+                        self.scheduler.adopt(heir, parent)
+                        self.seen["adopted late"] += heir.status is Status.RUNNING
+            for seq, token in zip(beams, tokens, strict=True):
+                if seq.status is not Status.FINISHED:
+                    seq.token_ids.append(token)
+        self.flying.clear()
 
     def run(self, plan: StepPlan) -> None:
         """Do to the modelled memory what an engine would do to the real one."""
@@ -405,9 +450,11 @@ def test_random_load(name: str, seed: int) -> None:
     if name in ("tight", "tiny", "one token", "no cache", "beams", "priorities", "old prefills, young beams"):
         assert seen["preempted"] > 0
     if LOADS[name].lockstep:
-        assert seen["adoptions"] > 30
+        assert seen["adoptions"] > 30 or LOADS[name].ahead
+    if LOADS[name].ahead:
+        assert seen["inherited"] > 100
     if name.startswith("tight searches"):
-        assert seen["preempted"] > 10 and seen["joined"] > 10
+        assert seen["preempted"] > 10 and seen["joined"] > (0 if LOADS[name].ahead else 10)
     if name != "one token":
         assert seen["copies"] > 0
     assert (seen["hits"] > 0) == LOADS[name].caching
@@ -482,6 +529,16 @@ FAULTS: dict[str, tuple[ModuleType, list[Edit]]] = {
         [("if self._copies:\n            self._drop", "if False:\n            self._drop")],
     ),
     "an heir owns nothing": (lockstep, [("for block in new[same:]:\n        pool.retain(block)", "pass")]),
+    "an heir keeps its full blocks": (lockstep, [("heir.block_table = [*new[:full], old[full]]", "pass")]),
+    "an heir takes the last block, too": (lockstep, [("[*new[:full], old[full]]", "new.copy()")]),
+    "an heir's full blocks are not retained": (
+        lockstep,
+        [("for block in new[same:full]:\n        pool.retain(block)", "pass")],
+    ),
+    "an heir's old blocks are not released": (
+        lockstep,
+        [("for block in reversed(old[same:full]):\n        pool.release(block)", "pass")],
+    ),
     "an heir shares a table": (lockstep, [("heir.block_table = new.copy()", "heir.block_table = new")]),
     "parked beams take over blocks that differ": (lockstep, [("if ours[span] != theirs[span]:", "if False:")]),
     "parked beams own nothing": (lockstep, [("for block in seq.block_table:\n        pool.retain(block)", "pass")]),
@@ -522,14 +579,14 @@ def with_fault(name: str) -> tuple[type[BlockPool], type[Scheduler]]:
     if module is lockstep:
         using: dict[str, Any] = {"__name__": scheduler.__name__}
         exec(compile(inspect.getsource(scheduler), f"<over {name}>", "exec"), using)
-        using.update({k: namespace[k] for k in ("Parked", "take_over", "branch_blocks")})
+        using.update({k: namespace[k] for k in ("Parked", "take_over", "inherit", "branch_blocks")})
         return BlockPool, using["Scheduler"]
     return namespace.get("BlockPool", BlockPool), namespace.get("Scheduler", Scheduler)
 
 
 FAULT_LOADS = [
     "tight", "beams", "tiny", "old prefills, young beams", "priorities", "whole pool", "tight searches",
-    "tight searches, no cache", "searches and samples",
+    "tight searches, no cache", "searches and samples", "tight searches ahead",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from llmapi import LLM, SamplingParams
+from tests._runtime.played import watch_tables
 from tests.api.beam_truth import by_transformers
 from tests.api.truth import Truth, idle, prompts_of, until
 from tests.tiny import tiny_checkpoint
@@ -43,3 +45,49 @@ def test_beams_are_those_of_transformers(tmp_path: Path, cache: Path) -> None:
             for one, (_, score) in zip(output.outputs, expected, strict=True):
                 assert score != score or one.score == pytest.approx(score, abs=1e-3)
         until(lambda: idle(llm))
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_planning_ahead_changes_nothing(tmp_path: Path, cache: Path, block_size: int) -> None:
+    """Searches of many widths beside greedy and sampled requests, through a pool that preempts, in both ways.
+
+    After each launch the device's tables are the host's, and every search but its first step is ahead.
+    """
+    checkpoint = tiny_checkpoint(tmp_path / "llama", hidden_size=256)
+    truth = Truth(checkpoint)
+    rng = random.Random(block_size)
+    prompts = prompts_of([rng.randint(1, 60) for _ in range(40)], seed=block_size)
+    params = []
+    for i, prompt in enumerate(prompts):
+        count, width = rng.randint(2, 50), rng.choice([1, 2, 3, 4, 8, 16])
+        stops = rng.sample(sorted(set(truth.greedy(prompt, 8))), 1) if i % 3 == 0 else []
+        if i % 4 == 3:
+            params.append(SamplingParams(temperature=0.8 * (i % 8 == 3), seed=i, max_tokens=count))
+        else:
+            early: Any = rng.choice([True, False, "never"])
+            params.append(
+                SamplingParams(
+                    use_beam_search=True, beam_width=width, n=width, max_tokens=count, stop_token_ids=stops,
+                    early_stopping=early,
+                )
+            )  # fmt: skip
+    torch.backends.cuda.matmul.allow_tf32 = False
+    kv = {"max_tokens": 2560, "block_size": block_size}
+    with LLM(
+        checkpoint, backend="cuda", dtype="float32", cache_dir=cache, max_batch_size=48, kv_cache_config=kv
+    ) as llm:
+        engine: Any = llm._loop._engine
+        compared = watch_tables(llm, lambda row: engine._buffers.tables[row].tolist())
+        ahead = llm.generate(prompts, params, use_tqdm=False)
+        until(lambda: idle(llm))
+        moved = engine._mover.launches
+        assert moved > 50 and compared() > 500
+        llm._loop.plans_beams_ahead = False
+        plain = llm.generate(prompts, params, use_tqdm=False)
+        assert engine._mover.launches == moved
+        until(lambda: idle(llm))
+    for one, other in zip(ahead, plain, strict=True):
+        assert [o.token_ids for o in one.outputs] == [o.token_ids for o in other.outputs]
+        assert [o.finish_reason for o in one.outputs] == [o.finish_reason for o in other.outputs]
+        for a, b in zip(one.outputs, other.outputs, strict=True):
+            assert a.score == (None if b.score is None else pytest.approx(b.score, abs=1e-3))

@@ -11,15 +11,11 @@ extern "C" __global__ void resolve_ids(const int* __restrict__ source, const int
   ids[t] = id;
 }
 
-// Copies blocks in every cache: grid x over the pairs, y over the caches. `bytes` is a multiple of 16. `count`: how many
-// pairs there are, or null for as many as grid x.
+// Copies blocks in every cache: grid x over the pairs, y over the caches. `bytes` is a multiple of 16.
 extern "C" __global__ void copy_blocks(const uint64_t* __restrict__ caches, const int* __restrict__ pairs,
-                                       const int* __restrict__ count, int64_t bytes) {
+                                       int64_t bytes) {
   char* base = reinterpret_cast<char*>(caches[blockIdx.y]);
-  int pair = blockIdx.x, end = count ? *count : (int)gridDim.x;
-  for (; pair < end; pair += gridDim.x) {
-    const uint4* from = reinterpret_cast<const uint4*>(base + (int64_t)pairs[2 * pair] * bytes);
-    uint4* to = reinterpret_cast<uint4*>(base + (int64_t)pairs[2 * pair + 1] * bytes);
-    for (int64_t i = threadIdx.x; i < bytes / 16; i += blockDim.x) to[i] = from[i];
-  }
+  const uint4* from = reinterpret_cast<const uint4*>(base + (int64_t)pairs[2 * blockIdx.x] * bytes);
+  uint4* to = reinterpret_cast<uint4*>(base + (int64_t)pairs[2 * blockIdx.x + 1] * bytes);
+  for (int64_t i = threadIdx.x; i < bytes / 16; i += blockDim.x) to[i] = from[i];
 }
