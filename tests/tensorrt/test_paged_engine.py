@@ -240,12 +240,14 @@ def test_closing_lets_go_of_everything(model: Path, cache: Path, world: World) -
 
 
 def test_dropping_the_last_reference_lets_go(model: Path, cache: Path, world: World) -> None:
+    before = set(threading.enumerate())  # other tests' loops
     llm = make(model, cache)
     future = llm.generate_async(prompts_of([20], seed=2)[0], greedy(150))
+    assert [t for t in threading.enumerate() if t.name == "llmapi-loop" and t not in before]
     del llm
     gc.collect()
     assert future.result(30).outputs[0].finish_reason in ("abort", "length")
-    until(lambda: not [t for t in threading.enumerate() if t.name == "llmapi-loop"])
+    until(lambda: not [t for t in threading.enumerate() if t.name == "llmapi-loop" and t not in before])
     del future
     gc.collect()
     assert not list(world.engines) and not list(world.contexts)
