@@ -103,6 +103,11 @@ def run_step(
     return (states[start:stop] for start, stop in hidden), logits
 
 
+def cache_names(spec: TransformerSpec) -> list[str]:
+    """The graph's names of its caches: keys, then values, layer by layer."""
+    return [f"{kind}_cache.{layer}" for layer in range(spec.num_layers) for kind in "kv"]
+
+
 def num_kv_blocks(config: EngineConfig, spec: TransformerSpec, free_bytes: Callable[[], int], fraction: float) -> int:
     """How many KV blocks to allocate.
 

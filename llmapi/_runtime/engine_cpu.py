@@ -15,7 +15,7 @@ from llmapi._kernels import OPS
 from llmapi._kernels.native import NativeKernels
 from llmapi._kernels.plan import CpuPlan
 from llmapi._runtime.batch import StepBatch
-from llmapi._runtime.engine import Engine, num_kv_blocks
+from llmapi._runtime.engine import Engine, cache_names, num_kv_blocks
 from llmapi._runtime.linear_cpu import can_pack, make_linear
 from llmapi._runtime.program import Call, Program, call_of, torch_function
 from llmapi.config import EngineConfig
@@ -55,7 +55,7 @@ class CpuEngine(Engine):
         self.num_blocks = num_kv_blocks(config, spec, available_memory, DEFAULT_KV_FRACTION)
         shape = (self.num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim)
         dtype = getattr(torch, config.kv_dtype)
-        names = [f"{kind}_cache.{layer}" for layer in range(spec.num_layers) for kind in "kv"]
+        names = cache_names(spec)
         self._caches = {name: torch.empty(shape, dtype=dtype) for name in names}
         values: dict[str, torch.Tensor] = {**constants, **self._caches}
         values.update({i.name: weights.read(i.parts) for i in graph.inputs if i.kind == "weight"})

@@ -15,7 +15,7 @@ from llmapi._kernels.step_cuda import copy_blocks, resolve_ids
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.beam_moves import BeamMover
 from llmapi._runtime.bind_cuda import Binder, CudaPlan
-from llmapi._runtime.engine import Engine, num_kv_blocks
+from llmapi._runtime.engine import Engine, cache_names, num_kv_blocks
 from llmapi._runtime.fit import RESERVE
 from llmapi._runtime.graphs_cuda import Graphs
 from llmapi._runtime.program import Program
@@ -73,7 +73,7 @@ class CudaEngine(Engine):
             self._binder = Binder(gpu, graph, values, spec, config)
             if tune is not None:
                 tune(self._binder)
-            names = [f"{kind}_cache.{layer}" for layer in range(spec.num_layers) for kind in "kv"]
+            names = cache_names(spec)
             shape = (config.block_size, spec.num_kv_heads, spec.head_dim)
             dtype = getattr(torch, config.kv_dtype)
             tiny = torch.zeros(1, *shape, dtype=dtype, device=device)

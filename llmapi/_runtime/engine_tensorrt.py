@@ -12,7 +12,7 @@ from llmapi._build.tensorrt.lower import LOGITS
 from llmapi._build.tensorrt.path import cache_output
 from llmapi._build.tensorrt.shapes import max_chunk
 from llmapi._runtime.batch import StepBatch
-from llmapi._runtime.engine import Engine, num_kv_blocks
+from llmapi._runtime.engine import Engine, cache_names, num_kv_blocks
 from llmapi._runtime.slots_tensorrt import Run, runs_of
 from llmapi._runtime.tensorrt_plan import LoadedPlan
 from llmapi.config import EngineConfig
@@ -61,7 +61,7 @@ class TensorRTEngine(Engine):
         shape = (self.num_blocks, spec.num_kv_heads, config.max_seq_len, spec.head_dim)
         dtype = getattr(torch, config.kv_dtype)
         # Zeros: what is hidden still takes part in a product, with weight zero, and must be a number.
-        names = [f"{kind}_cache.{layer}" for layer in range(spec.num_layers) for kind in "kv"]
+        names = cache_names(spec)
         self._caches = {name: torch.zeros(shape, dtype=dtype, device=device) for name in names}
         # A step's small tensors lie at fixed addresses, so that TensorRT may replay what it captured.
         most = max(config.max_batch_size, max_chunk(config))

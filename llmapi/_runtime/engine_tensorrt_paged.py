@@ -13,7 +13,7 @@ from llmapi._build.tensorrt.lower import LOGITS
 from llmapi._build.tensorrt.plugin_path import POOLS
 from llmapi._kernels.plugins import pool_addresses
 from llmapi._runtime.batch import StepBatch
-from llmapi._runtime.engine import Engine, num_kv_blocks
+from llmapi._runtime.engine import Engine, cache_names, num_kv_blocks
 from llmapi._runtime.engine_tensorrt import NO_HIDDEN_STATES
 from llmapi._runtime.padded_step import PaddedStep, empty_step
 from llmapi._runtime.tensorrt_plan import LoadedPlan
@@ -133,7 +133,7 @@ class TensorRTPagedEngine(Engine):
         spec = self.spec
         shape = (self.num_blocks, self.config.block_size, spec.num_kv_heads, spec.head_dim)
         dtype = getattr(torch, self.config.kv_dtype)
-        names = [f"{kind}_cache.{layer}" for layer in range(spec.num_layers) for kind in "kv"]
+        names = cache_names(spec)
         self._caches = {name: torch.zeros(shape, dtype=dtype, device=self._gpu.device) for name in names}
         caches = list(self._caches.values())
         self._pools.copy_(pool_addresses(list(zip(caches[::2], caches[1::2], strict=True))))
