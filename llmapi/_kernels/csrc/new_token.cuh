@@ -57,7 +57,7 @@ DEVICE uint4 words_of(const Octet& octet) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     words[i] = pack2(scalar_t(), to_float(octet.at[2 * i]), to_float(octet.at[2 * i + 1]));
-    asm volatile("" : "+r"(words[i]));
+    ptx::made(words[i]);
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }

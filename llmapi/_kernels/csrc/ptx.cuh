@@ -106,5 +106,7 @@ template <typename T> DEVICE const T* mapa(const T* here, int rank) {
 
 // The value has been used: what made it is not left out.
 DEVICE void used(int value) { asm volatile("" ::"r"(value)); }
+// The word is made here, whole: what follows takes it as it is, and does not go back to what it was made from.
+DEVICE void made(uint32_t& word) { asm volatile("" : "+r"(word)); }
 
 }  // namespace ptx
