@@ -398,7 +398,6 @@ class LLM:
 
         Raises:
             RequestError: a text cannot be served.
-            ConfigError: the backend is TensorRT, whose plans give no hidden states.
         """
         from llmapi._runtime.embedding import embed
 
@@ -416,7 +415,6 @@ class LLM:
 
         Raises:
             RequestError: a text cannot be served.
-            ConfigError: the backend is TensorRT, whose plans give no hidden states.
         """
         from llmapi._runtime.embedding import encode
 

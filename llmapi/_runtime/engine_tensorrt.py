@@ -8,18 +8,16 @@ from typing import Any
 
 import torch
 
-from llmapi._build.tensorrt.lower import LOGITS
 from llmapi._build.tensorrt.path import cache_output
 from llmapi._build.tensorrt.shapes import max_chunk
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine import Engine, cache_names, num_kv_blocks
+from llmapi._runtime.plan_rows import PlanRows
 from llmapi._runtime.slots_tensorrt import Run, runs_of
 from llmapi._runtime.tensorrt_plan import LoadedPlan
 from llmapi.config import EngineConfig
-from llmapi.errors import BuildError, CapacityError, ConfigError, EngineClosedError
+from llmapi.errors import BuildError, CapacityError, EngineClosedError
 from llmapi.models.spec import TransformerSpec
-
-NO_HIDDEN_STATES = "a TensorRT plan gives logits, no hidden states: embed() and encode() need backend='cuda' or 'cpu'"
 
 _STEP_INPUTS = ("input_ids", "positions", "write_index", "kv_lengths", "logits_indices")
 
@@ -66,7 +64,7 @@ class TensorRTEngine(Engine):
         # A step's small tensors lie at fixed addresses, so that TensorRT may replay what it captured.
         most = max(config.max_batch_size, max_chunk(config))
         self._ints = {name: torch.zeros(most, dtype=torch.int32, device=device) for name in _STEP_INPUTS}
-        self._out = torch.zeros(config.max_batch_size, spec.vocab_size, dtype=dtype, device=device)
+        self._out = self._rows(config.max_batch_size)
         for context in plan.contexts:
             for name, tensor in self._weights.items():
                 context.set_tensor_address(name, tensor.data_ptr())
@@ -75,40 +73,42 @@ class TensorRTEngine(Engine):
     @torch.inference_mode()
     def step(self, batch: StepBatch, sampled: torch.Tensor | None = None) -> torch.Tensor:
         """Copy rows, then run the batch; see :class:`Engine`."""
-        if self._closed:
-            raise EngineClosedError("this engine was closed: make a new LLM")
-        with self._on_stream() as stream:
-            return self._step(batch, stream)
+        with self._stream() as stream:
+            return self._step(batch, stream).logits
 
+    @torch.inference_mode()
     def step_hidden(
         self, batch: StepBatch, sampled: torch.Tensor | None, projected: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A plan gives logits only; the LLM refuses such requests before they come here.
+        """The same step: a plan gives both of every row; see :class:`Engine`."""
+        with self._stream() as stream:
+            return self._step(batch, stream).projected(projected)
 
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(NO_HIDDEN_STATES)
+    def _stream(self) -> AbstractContextManager[int]:
+        if self._closed:
+            raise EngineClosedError("this engine was closed: make a new LLM")
+        return self._on_stream()
 
-    def _step(self, batch: StepBatch, stream: int) -> torch.Tensor:
+    def _rows(self, count: int) -> PlanRows:
+        return PlanRows.empty(count, self.spec, self.config, self._device)
+
+    def _step(self, batch: StepBatch, stream: int) -> PlanRows:
         if batch.copies:
             source, target = torch.tensor(batch.copies, device=self._device).t()
             for cache in self._caches.values():
                 cache[target] = cache[source]
-        logits = torch.empty(
-            len(batch.logits_indices), *self._out.shape[1:], dtype=self._out.dtype, device=self._device
-        )
+        rows = self._rows(len(batch.logits_indices))
         limits = {"slots": self.num_blocks, "capacity": self.config.max_seq_len}
         limits |= {"max_batch": self.config.max_batch_size, "max_tokens": max_chunk(self.config)}
         for run in runs_of(batch, **limits):
-            self._run(run, logits, stream)
-        return logits
+            self._run(run, rows, stream)
+        return rows
 
-    def _run(self, run: Run, logits: torch.Tensor, stream: int) -> None:
-        """One execution; its logits are put in their places."""
+    def _run(self, run: Run, result: PlanRows, stream: int) -> None:
+        """One execution; what it gives is put in its places."""
         context = self._plan.contexts[run.profile]
         rows = len(run.input_ids)
-        wanted = run.logits_indices or [0]  # a run whose logits nobody wants still has to give some
+        wanted = run.logits_indices or [0]  # a run of which nobody wants a row still has to give one
         for name, values in zip(
             _STEP_INPUTS, (run.input_ids, run.positions, run.write_index, run.kv_lengths, wanted), strict=True
         ):
@@ -120,16 +120,16 @@ class TensorRTEngine(Engine):
             window = cache[run.first_row : run.first_row + rows]
             self._bind(context, name, window)
             context.set_tensor_address(cache_output(name), window.data_ptr())  # updated in place
-        fixed = len(wanted) <= len(self._out)
-        out = self._out[: len(wanted)] if fixed else logits.new_empty(len(wanted), logits.shape[1])
-        context.set_tensor_address(LOGITS, out.data_ptr())
+        fixed = len(wanted) <= self.config.max_batch_size
+        out = self._out.first(len(wanted)) if fixed else self._rows(len(wanted))
+        out.bind(context)
         if not context.execute_async_v3(stream):
             raise BuildError(
                 f"TensorRT could not run {rows} sequences of {len(run.input_ids[0])} tokens: the GPU may be out of "
                 "memory; lower max_batch_size or max_num_tokens"
             )
         if run.places:
-            logits[torch.tensor(run.places, device=self._device)] = out
+            result.put(run.places, out)
 
     def _bind(self, context: Any, name: str, tensor: torch.Tensor) -> None:
         if not context.set_input_shape(name, tuple(tensor.shape)):
@@ -148,4 +148,4 @@ class TensorRTEngine(Engine):
         finally:
             self._plan.close()
             self._weights, self._caches, self._ints = {}, {}, {}
-            self._out = torch.empty(0)
+            self._out = PlanRows(torch.empty(0), torch.empty(0))

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmapi._build.tensorrt.buckets import buckets_in, choose
-from llmapi._build.tensorrt.lower import LOGITS
 from llmapi._build.tensorrt.plugin_path import POOLS
 from llmapi._kernels.plugins import pool_addresses
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine import Engine, cache_names, num_kv_blocks
-from llmapi._runtime.engine_tensorrt import NO_HIDDEN_STATES
 from llmapi._runtime.padded_step import PaddedStep, empty_step
+from llmapi._runtime.plan_rows import PlanRows
 from llmapi._runtime.tensorrt_plan import LoadedPlan
 from llmapi.config import EngineConfig
 from llmapi.errors import BuildError, CacheError, CapacityError, ConfigError, EngineClosedError, LLMAPIError
@@ -87,7 +86,7 @@ class TensorRTPagedEngine(Engine):
 
     def _allocate(self, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """All memory but the caches'. Buckets share it: one step is run at a time."""
-        device, dtype = self._gpu.device, getattr(torch, self.config.dtype)
+        device = self._gpu.device
         # Contexts come one at a time, too, and so have their intermediate results in the same place.
         self._scratch = torch.empty(self._plan.scratch_bytes, dtype=torch.uint8, device=device)
         self._weights = dict(weights())  # the plan knows their addresses; they live as long as it
@@ -98,7 +97,7 @@ class TensorRTPagedEngine(Engine):
         # Zeros have no guard: until it is there, plugins follow no address.
         self._pools = torch.zeros(1 + 2 * self.spec.num_layers, dtype=torch.int64, device=device)
         rows = max(bucket.rows for bucket in self._buckets)
-        self._out = torch.zeros(rows, self.spec.vocab_size, dtype=dtype, device=device)
+        self._out = PlanRows.empty(rows, self.spec, self.config, device)
         self._caches: dict[str, torch.Tensor] = {}
 
     def _bind(self) -> None:
@@ -112,7 +111,7 @@ class TensorRTPagedEngine(Engine):
                         f"{name} of shape {list(array.shape)} is outside the sizes that the plan was built for: remove "
                         "the entry and build again"
                     )
-            for name, tensor in {**self._weights, **arrays, POOLS: self._pools, LOGITS: self._out}.items():
+            for name, tensor in {**self._weights, **arrays, POOLS: self._pools, **self._out.by_name}.items():
                 if not context.set_tensor_address(name, tensor.data_ptr()):
                     raise CacheError(f"the plan takes no {name}: remove the entry and build again")
             if missing := context.infer_shapes():
@@ -149,26 +148,27 @@ class TensorRTPagedEngine(Engine):
             CapacityError: no bucket holds it.
             BuildError: TensorRT does not run it.
         """
+        with self._gpu.stream() as stream:
+            return self._step(batch, sampled, stream).logits
+
+    @torch.inference_mode()
+    def step_hidden(
+        self, batch: StepBatch, sampled: torch.Tensor | None, projected: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same step: a plan gives both of every row; see :class:`Engine`."""
+        with self._gpu.stream() as stream:
+            return self._step(batch, sampled, stream).projected(projected)
+
+    def _step(self, batch: StepBatch, sampled: torch.Tensor | None, stream: int) -> PlanRows:
         if self._closed:
             raise EngineClosedError("this engine was closed: make a new LLM")
         rows = len(batch.logits_indices)
         index = choose(self._buckets, len(batch.input_ids), len(batch.seq_lens), rows)
-        with self._gpu.stream() as stream:
-            if batch.copies:
-                self._copy_blocks(batch.copies)
-            self._bring(index, batch, sampled)
-            self._run(index, stream)
-        return self._out[:rows]
-
-    def step_hidden(
-        self, batch: StepBatch, sampled: torch.Tensor | None, projected: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A plan gives logits only; the LLM refuses such requests before they come here.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(NO_HIDDEN_STATES)
+        if batch.copies:
+            self._copy_blocks(batch.copies)
+        self._bring(index, batch, sampled)
+        self._run(index, stream)
+        return self._out.first(rows)
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         source, target = torch.tensor(copies, device=self._gpu.device).t()
@@ -219,7 +219,8 @@ class TensorRTPagedEngine(Engine):
             self._graphs.clear()
             self._plan.close()
             self._weights, self._caches = {}, {}
-            self._scratch = self._host = self._ints = self._pools = self._out = torch.empty(0)
+            self._scratch = self._host = self._ints = self._pools = torch.empty(0)
+            self._out = PlanRows(torch.empty(0), torch.empty(0))
 
 
 def _steps_of(plan: LoadedPlan, config: EngineConfig) -> list[PaddedStep]:

@@ -56,7 +56,6 @@ class Service:
         ends = frozenset(prepared.stop_token_ids)
         grammars = Grammars(prepared.tokenizer, prepared.spec.vocab_size, ends)
         self._tokenizer = prepared.tokenizer
-        self._gives_hidden_states = config.backend != "tensorrt"
         self.loop = EngineLoop(engine, scheduler, engine.sampler(prepared.tokenizer))
         self.maker = RequestMaker(
             tokenizer=prepared.tokenizer,
@@ -105,13 +104,8 @@ class Service:
             bar: as of :meth:`run`.
 
         Raises:
-            ConfigError: they ask for hidden states, and the engine gives none.
             LLMAPIError: what the first that failed failed of.
         """
-        if not self._gives_hidden_states and any(r.probe is not None and r.probe.hidden for r in requests):
-            from llmapi._runtime.engine_tensorrt import NO_HIDDEN_STATES
-
-            raise ConfigError(NO_HIDDEN_STATES)
         if requests:
             for output in self.run([partial(_same, request) for request in requests], requests, bar):
                 if output.error is not None:

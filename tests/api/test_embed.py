@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmapi import LLM, ConfigError, PromptTooLongError, RequestError, SamplingParams
-from tests.api.truth import Truth, idle, prompts_of, until
+from tests.api.truth import Truth, idle, mixed_steps, prompts_of, until
 from tests.tiny import tiny_checkpoint
 
 CLOSE = 1e-4
@@ -39,22 +39,13 @@ def test_beside_generation_and_scores(llm: LLM, truth: Truth) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0)
     running = [llm.generate_async(p, greedy) for p in prompts]
     texts = prompts_of([300, 12, 513 - 16, 9], seed=3)
-    mixed: list[bool] = []
-    engine = llm._loop._engine
-    original = engine.step_hidden
-
-    def watched(batch: Any, sampled: Any, projected: list[int]) -> Any:
-        mixed.append(0 < len(projected) < len(batch.logits_indices))
-        return original(batch, sampled, projected)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "step_hidden", watched)
+    with mixed_steps(llm) as mixed:
         for _ in range(2):
             for own, ids in zip(llm.encode(texts), texts, strict=True):
                 torch.testing.assert_close(own, truth.states(ids), atol=CLOSE, rtol=CLOSE)
             found = llm.embed(texts, normalize=False)
             torch.testing.assert_close(found[0], truth.states(texts[0])[-1], atol=CLOSE, rtol=CLOSE)
-    assert any(mixed)
+    assert mixed
     for prompt, future in zip(prompts, running, strict=True):
         output = future.result(60).outputs[0]
         assert output.token_ids == truth.greedy(prompt, 40)

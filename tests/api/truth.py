@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,23 @@ def idle(llm: LLM) -> bool:
         return False
     pool.check([])
     return True
+
+
+@contextmanager
+def mixed_steps(llm: LLM) -> Iterator[list[int]]:
+    """Collects, of steps in which some rows are hidden states and others logits, how many are logits."""
+    found: list[int] = []
+    engine = llm._loop._engine
+    original = engine.step_hidden
+
+    def watched(batch: Any, sampled: Any, projected: list[int]) -> Any:
+        if 0 < len(projected) < len(batch.logits_indices):
+            found.append(len(projected))
+        return original(batch, sampled, projected)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "step_hidden", watched)
+        yield found
 
 
 def forced(ids: Sequence[int]) -> Callable[[list[int], torch.Tensor], torch.Tensor]:

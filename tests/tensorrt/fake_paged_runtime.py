@@ -208,8 +208,8 @@ class Context:
         counts = [b - a for a, b in itertools.pairwise(starts)]
         self._world.steps.append(([c for c in counts if c], len(inputs["input_ids"]) - starts[-1]))
         assert int(inputs["logits_indices"].min()) >= 0
-        logits = engine.evaluator.run(inputs)["logits"]
-        at(self._addresses["logits"], tuple(logits.shape), logits.dtype).copy_(logits)
+        for name, rows in engine.evaluator.run(inputs).items():
+            at(self._addresses[name], tuple(rows.shape), rows.dtype).copy_(rows)
 
 
 @dataclass

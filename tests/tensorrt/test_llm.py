@@ -20,7 +20,7 @@ from llmapi._runtime.engine_tensorrt import TensorRTEngine
 from llmapi._runtime.tensorrt_plan import LoadedPlan, refuse_misfits
 from llmapi.models.transformer import constants
 from tests.api.beam_truth import by_transformers
-from tests.api.truth import Truth, prompts_of
+from tests.api.truth import Truth, mixed_steps, prompts_of
 from tests.tensorrt.evaluator import Evaluator
 from tests.tensorrt.fake_runtime import FakeEngine, no_stream
 from tests.tensorrt.models import package
@@ -176,17 +176,27 @@ def test_logits_of_prompts(checkpoints: dict[str, Path], cache: Path, fakes: Fak
         torch.testing.assert_close(output.prompt_logits, exact[:33], atol=2e-4, rtol=0)
 
 
-def test_hidden_states_are_refused_and_scores_given(checkpoints: dict[str, Path], cache: Path, fakes: Fakes) -> None:
-    truth = Truth(checkpoints["qwen2"])
-    [prompt] = prompts_of([12], seed=8)
-    with make(checkpoints["qwen2"], cache) as llm:
-        for ask in (llm.embed, llm.encode):
-            with pytest.raises(ConfigError, match=r"no hidden states.*backend='cuda' or 'cpu'"):
-                ask(prompt)
-        score = llm.score(prompt, [5, 6, 7])
-        logprobs = truth.logits([*prompt, 5, 6, 7])[len(prompt) - 1 : -1].log_softmax(-1)
-        exact = float(logprobs.gather(1, torch.tensor([[5], [6], [7]])).sum())
-        assert score.logprob == pytest.approx(exact, abs=1e-3)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_scores(family: str, checkpoints: dict[str, Path], cache: Path, fakes: Fakes) -> None:
+    """Of texts of one chunk and of several, twice."""
+    truth = Truth(checkpoints[family])
+    with make(checkpoints[family], cache) as llm:
+        for _ in range(2):
+            truth.check_probes(llm, *prompts_of([70, 9], seed=8), 1e-3)
+        assert llm.embed(prompts_of([3, 24], seed=9)).shape == (2, 64)
+
+
+def test_hidden_states_beside_text(checkpoints: dict[str, Path], cache: Path, fakes: Fakes) -> None:
+    """Steps in which some rows are hidden states and others choose tokens."""
+    truth = Truth(checkpoints["llama"])
+    prompts, texts = prompts_of([5, 30], seed=3), prompts_of([20, 60, 7], seed=4)
+    with make(checkpoints["llama"], cache) as llm:
+        with mixed_steps(llm) as mixed:
+            running = [llm.generate_async(p, greedy(30)) for p in prompts]
+            for own, ids in zip(llm.encode(texts), texts, strict=True):
+                torch.testing.assert_close(own, truth.states(ids), atol=1e-3, rtol=1e-3)
+        assert mixed
+        assert [f.result(60).outputs[0].token_ids for f in running] == [truth.greedy(p, 30) for p in prompts]
 
 
 def test_beams_over_slots(checkpoints: dict[str, Path], cache: Path, fakes: Fakes) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmapi import LLM, ConfigError, SamplingParams
+from llmapi import LLM, SamplingParams
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.padded_step import PaddedStep
 from tests.api.beam_truth import by_transformers
-from tests.api.truth import Truth, idle, prompts_of
+from tests.api.truth import Truth, idle, mixed_steps, prompts_of, until
 from tests.tensorrt.fake_paged_runtime import World
 from tests.tensorrt.paged_llm import full_tensorrt, make
 from tests.tensorrt.paged_models import SIZES
@@ -191,15 +191,19 @@ def test_scores(checkpoints: dict[str, Path], cache: Path, world: World) -> None
         assert score.logprob == pytest.approx(exact, abs=2e-3)
 
 
-def test_hidden_states_are_refused(checkpoints: dict[str, Path], cache: Path, world: World) -> None:
-    [prompt] = prompts_of([12], seed=8)
-    with make(checkpoints["llama"], cache) as llm:
-        for ask in (llm.embed, llm.encode):
-            with pytest.raises(ConfigError, match=r"no hidden states.*backend='cuda' or 'cpu'"):
-                ask(prompt)
-        with pytest.raises(ConfigError, match="no hidden states"):
-            llm._loop._engine.step_hidden(StepBatch([], [], [], [], [], [0], [], [], []), None, [])
-        assert llm.generate(prompt, greedy(2)).finished
+@pytest.mark.parametrize("family", SIZES)
+def test_hidden_states(family: str, checkpoints: dict[str, Path], cache: Path, world: World) -> None:
+    """Of texts longer than a step, whose beginnings are kept the second time, beside requests that choose tokens."""
+    truth = Truth(checkpoints[family])
+    prompts = prompts_of([5, 40], seed=3)
+    with make(checkpoints[family], cache) as llm:
+        with mixed_steps(llm) as mixed:
+            running = [llm.generate_async(p, greedy(14)) for p in prompts]
+            for _ in range(2):
+                truth.check_probes(llm, *prompts_of([140, 9], seed=8), 2e-3)
+        assert mixed
+        assert [f.result(60).outputs[0].token_ids for f in running] == [truth.greedy(p, 14) for p in prompts]
+        until(lambda: idle(llm))
 
 
 def test_a_second_start_finds_everything(checkpoints: dict[str, Path], tmp_path: Path, world: World) -> None:

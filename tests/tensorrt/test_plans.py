@@ -66,7 +66,8 @@ def test_plans_of_every_family(family: str, target: str | None, checkpoints: dic
     row = [heads, 96, 16]
     assert info.inputs["input_ids"] == ["INT32", [-1, -1]] and info.inputs["k_cache.0"] == ["BF16", [-1, *row]]
     assert next(iter(info.outputs)) == "logits" and info.outputs["logits"] == ["BF16", [-1, 300]]
-    assert {name for name in info.outputs if name != "logits"} == {
+    assert info.outputs["hidden_states"] == ["BF16", [-1, 64]]
+    assert info.outputs.keys() - {"logits", "hidden_states"} == {
         f"{k}_cache.{i}.updated" for i in range(3) for k in "kv"
     }
     decode, prefill = info.profiles

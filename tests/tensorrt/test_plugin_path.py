@@ -105,7 +105,7 @@ def test_the_network_takes_the_graphs_own_step(tmp_path: Path) -> None:
     }  # fmt: skip
     assert inputs["pools"].shape == (7,) and inputs["pools"].dtype.name == "INT64"
     outputs = [net.definition.get_output(i).name for i in range(net.definition.num_outputs)]
-    assert outputs == ["logits"] and net.evaluator.constant_values() < 200
+    assert outputs == ["logits", "hidden_states"] and net.evaluator.constant_values() < 200
     layers = [net.definition.get_layer(i) for i in range(net.definition.num_layers)]
     assert len({layer.name for layer in layers}) == len(layers)
     by_name = {layer.name: layer for layer in layers if layer.kind == "PLUGIN"}
@@ -228,7 +228,7 @@ def test_profiles_are_fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
             Package("tensorrt", trt.__version__, trt), export_graph(spec), spec, config, constants(spec), path=PATH
         )
     assert json.loads(bytes(plan)) == {"network": 0, "cleared": ["TF32"], "profiles": info.profiles}
-    assert info.attention == "plugin" and list(info.outputs) == ["logits"]
+    assert info.attention == "plugin" and list(info.outputs) == ["logits", "hidden_states"]
     assert (info.targets, info.block_size) == (["sm89"], BLOCK_SIZE)
     assert buckets_in(info.profiles) == (buckets_of(config), 4)
     assert type(info).parse(info.text) == info

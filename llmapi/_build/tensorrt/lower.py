@@ -17,6 +17,9 @@ from llmapi.errors import BuildError
 LOGITS = "logits"
 """Name of the network's first output."""
 
+HIDDEN_STATES = "hidden_states"
+"""Name of its second: of each row of the logits, what goes into the projection to the vocabulary."""
+
 
 def unsupported(graph: Graph, path: AttentionPath) -> list[str]:
     """Every node that has no lowering, as ``operator at its place in the model``."""
@@ -62,6 +65,8 @@ def lower(
     for node in graph.nodes:
         _lower_node(net, node, values, path)
     _mark(net, LOGITS, values[graph.output.name])
+    _, states = graph.projection()
+    _mark(net, HIDDEN_STATES, values[states.name])
     for name, tensor in path.outputs(net).items():
         _mark(net, name, tensor)
 
