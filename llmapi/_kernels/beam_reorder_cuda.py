@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llmapi._kernels.beam_cuda import BEAM_REQUEST
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.nvrtc import Unit
 
@@ -27,6 +26,10 @@ it."""
 BEAM_MOVE = np.dtype([("row", "<i4"), ("rows", "<i4"), ("slot", "<i4"), ("unused", "<i4")])
 """A search that has moved, as ``struct Move``: its first row in the tables, its beams, its first place among what
 :func:`choose_beams` found."""
+
+BEAM_TALLY = np.dtype([("counts", "<u8"), ("rows", "<i4"), ("slot", "<i4")])
+"""A search whose counts move, as ``struct Tally``: the address of int32 ``[rows, V]``, its beams, its first place among
+what :func:`choose_beams` found."""
 
 _UNIT = Unit.of("beam_reorder.cu")
 _THREADS = 256
@@ -100,31 +103,19 @@ def move_beams(
     blocks((count, len(caches), min(most_rows, _ROWS_AT_ONCE)), _THREADS, caches, token_bytes, *shared)
 
 
-def reorder_counts(
-    gpu: Gpu,
-    source: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    requests: torch.Tensor,
-    most_rows: int,
-    parents: torch.Tensor,
-    tokens: torch.Tensor,
-    vocab_size: int,
+def move_counts(
+    gpu: Gpu, tallies: torch.Tensor, *, most_rows: int, parents: torch.Tensor, tokens: torch.Tensor, vocab_size: int
 ) -> None:
-    """Counts of tokens for penalties: each row gets its parent's, and its token counted once more. One launch.
+    """Let the counts of tokens of searches go on from their parents: each row has its parent's, and its token counted
+    once more. One launch.
 
     Args:
         gpu: where.
-        source: ``[S]`` int64 addresses of int32 ``[V]``: the counts of each row of the step before.
-        target: ``[N]`` int64 addresses of the rows' counts; 0: the row has none. They may be the same memory if the
-            parents of a request's rows are among them, each at its own address.
-        requests: on the device, ``Q`` of :data:`~llmapi._kernels.beam_cuda.BEAM_REQUEST` as bytes, by which the rows of
-            target are divided.
-        most_rows: the most rows of a request.
-        parents: ``[N]`` int32: the row of ``source`` that each goes on from; -1: the row is left alone.
-        tokens: ``[N]`` int32: the token with which it goes on; -1 is not counted.
+        tallies: on the device, :data:`BEAM_TALLY` as bytes, aligned to 16.
+        most_rows: the most rows of a search.
+        parents, tokens: ``[R]`` int32, by slot, as :func:`choose_beams` gives them.
         vocab_size: ``V``.
     """
-    grid = (len(requests) // BEAM_REQUEST.itemsize, -(-vocab_size // (_TILE // max(1, most_rows))), 1)
-    kernel = gpu.kernel(_UNIT, "beam_counts", "ppippp", overlap=True)
-    kernel(grid, _THREADS, source, target, vocab_size, requests, parents, tokens)
+    grid = (len(tallies) // BEAM_TALLY.itemsize, -(-vocab_size // (_TILE // most_rows)), 1)
+    kernel = gpu.kernel(_UNIT, "beam_counts", "ippp", overlap=True)
+    kernel(grid, _THREADS, vocab_size, tallies, parents, tokens)

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from llmapi._runtime.beam import num_candidates
 from llmapi._runtime.draw import largest
-from llmapi._runtime.logit_edits import LogitEdits
+from llmapi._runtime.logit_edits import Foreseen, LogitEdits
 from llmapi._runtime.no_choice import failed, no_choice
 from llmapi._runtime.request import Request, Sequence
 from llmapi.errors import RequestError
+
+_EXCLUDED = -4  # beside a kernel's reasons: the logits are in order, and edits left none of them
 
 
 @dataclass(slots=True)
@@ -68,7 +70,9 @@ class Spans:
         first, rows, counts: int32: first row of logits, number of rows, candidates wanted.
         cumulative: ``[N]`` float32, the score of the beam of each row of logits.
         carried: as in :class:`BeamAsk`; empty where nothing is carried.
-        before: ``[R]`` float32 on the device: the scores that are.
+        before: what is carried.
+        edits: what is changed in the log probabilities of each search's beams; empty where nothing is.
+        beams: the sequences of each search, for penalties; empty where there are no edits.
     """
 
     first: list[int]
@@ -76,7 +80,9 @@ class Spans:
     counts: list[int]
     cumulative: Tensor
     carried: list[int | None] = field(default_factory=list)
-    before: Tensor | None = None
+    before: Chosen | None = None
+    edits: list[Foreseen | None] = field(default_factory=list)
+    beams: list[list[Sequence]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -183,7 +189,9 @@ class Candidates:
         width = request.params.num_beams
         if self._chooser is None or not self._chooser.fits(width, num_candidates(width, len(request.stop_token_ids))):
             return False
-        return self._edits.never(request.params)
+        if width == 1 and self._edits.wanted(request.sequences[0]):
+            return False  # as in greedy decoding: logits are edited, not log probabilities
+        return self._edits.foreseeable(request.params)
 
     @torch.no_grad()
     def start(self, logits: Tensor, asks: list[BeamAsk], before: Chosen | None = None) -> PendingCandidates:
@@ -221,7 +229,11 @@ class Candidates:
         assert self._chooser is not None
         x, own = _own_rows(pending.logits, [pending.asks[i] for i in members], self._chooser.max_rows)
         spans = _spans(own, len(x))
-        spans.carried, spans.before = [ask.carried for ask in own], None if before is None else before.scores
+        spans.carried, spans.before = [ask.carried for ask in own], before
+        edits = [self._edits.foreseen(ask.sequences[0]) for ask in own]
+        if any(edits):
+            spans.edits, spans.beams = edits, [ask.sequences for ask in own]
+            pending.foreseen = {i for i, edit in zip(members, edits, strict=True) if edit is not None}
         found = self._select(x, spans, False)
         wanted = [(place, ask) for place, ask in enumerate(own) if ask.ends is not None]
         if wanted:
@@ -286,6 +298,7 @@ class PendingCandidates:
         asks: what was asked for.
         errors: by ask, why it failed.
         edited: edited logits of an ask's rows, by ask.
+        foreseen: asks that are edited where their candidates are found.
         chosen: who goes on, where the device chose for some of the asks.
     """
 
@@ -294,6 +307,7 @@ class PendingCandidates:
     errors: dict[int, RequestError] = field(default_factory=dict)
     edited: dict[int, Tensor] = field(default_factory=dict)
     chosen: Chosen | None = None
+    foreseen: set[int] = field(default_factory=set)
     _reasons: dict[int, int] = field(default_factory=dict)
     _parts: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _arrived: torch.cuda.Event | None = None
@@ -341,8 +355,8 @@ class PendingCandidates:
 
     def no_choice(self, ask: int) -> RequestError:
         """Say why nothing can follow an ask's beams; after :meth:`result`."""
-        if ask in self._reasons:
-            return failed(self._reasons[ask], self.logits.shape[1], self.asks[ask].sequences[0])
+        if ask in self._reasons or ask in self.foreseen:  # the logits may have gone
+            return failed(self._reasons.get(ask, _EXCLUDED), self.logits.shape[1], self.asks[ask].sequences[0])
         raw = self.rows_of(ask)
         edited = self.edited.get(ask, raw)
         bad = (raw.isnan().any(1) | edited.isnan().any(1)).nonzero()

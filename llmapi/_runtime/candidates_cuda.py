@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from llmapi._kernels.beam_cuda import BEAM_REQUEST, BEAM_ROW, MAX_BEAMS, MAX_CANDIDATES, BeamKernels, Candidates
 from llmapi._kernels.beam_reorder_cuda import BEAM_CHOICE, choose_beams
 from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.sample_cuda import EDIT
+from llmapi._runtime.beam_counts import BeamCounts
 from llmapi._runtime.beam_moves import upload
 from llmapi._runtime.candidates import BeamAsk, Spans, select
 
@@ -19,7 +24,7 @@ class KernelSelect:
 
     What the kernels do not serve is done by torch's operators: groups that still share the row of their prompt, edited
     logits of a search of one beam, more than 1024 candidates of a search, more rows than sequences. None of that is
-    asked for where scores are carried.
+    asked for where scores are carried, or edits are to be made here.
 
     Args:
         gpu: where.
@@ -32,8 +37,10 @@ class KernelSelect:
         self._gpu, self._vocab, self._dtype = gpu, vocab_size, logits_dtype
         self.max_rows = max_rows
         self._kernels: BeamKernels | None = None  # compiled, and given memory, with the first search
-        self._shape: tuple[list[int], list[int], list[int], list[int | None], int, int] | None = None
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._counts = BeamCounts(gpu, vocab_size)
+        self._scratch: Tensor | None = None  # [rows, V] float32: edited log probabilities
+        self._shape: tuple[Any, ...] | None = None
+        self._tables: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._choices: list[tuple[int, int, int, frozenset[int] | None]] = []
         self._chooser: tuple[Tensor, Tensor] | None = None
         self.launches = 0
@@ -41,14 +48,15 @@ class KernelSelect:
     def __call__(self, logits: Tensor, spans: Spans, normalized: bool) -> Tensor:
         """See :data:`llmapi._runtime.candidates.Select`."""
         if not self._serves(logits, spans, normalized):
-            assert spans.before is None, "carried scores have no other way"
+            assert spans.before is None and not spans.edits, "these have no other way"
             return select(logits, spans, normalized)
         if self._kernels is None:
             self._kernels = BeamKernels(
                 self._gpu, vocab_size=self._vocab, max_rows=self.max_rows, max_candidates=MAX_CANDIDATES,
                 logits_dtype=self._dtype,
             )  # fmt: skip
-        rows, requests = self._settings(spans, len(logits), logits.data_ptr() if normalized else 0)
+        counts = self._bring_counts(spans)
+        rows, requests, edits = self._settings(spans, len(logits), logits.data_ptr() if normalized else 0, counts)
         if normalized:  # the kernels read the log probabilities where the settings say; these logits fail nobody
             flat = torch.zeros(1, self._vocab, dtype=self._dtype, device=logits.device)
             logits = flat.expand(len(logits), -1)
@@ -63,7 +71,8 @@ class KernelSelect:
         logprobs = torch.empty(count, width, dtype=torch.float32, device=device)
         reasons = torch.empty(count, dtype=torch.int32, device=device)
         out = Candidates(values, planes[1], planes[2], logprobs, reasons)
-        self._kernels(logits, scores, rows, requests, out, carried=spans.before)
+        carried = None if spans.before is None else spans.before.scores
+        self._kernels(logits, scores, rows, requests, out, carried=carried, edits=edits)
         self.launches += 1
         return planes
 
@@ -97,30 +106,80 @@ class KernelSelect:
         fits = logits.dtype == (torch.float32 if normalized else self._dtype) and logits.is_contiguous()
         return fits and not (shared or large)
 
-    def _settings(self, spans: Spans, total: int, given: int) -> tuple[Tensor, Tensor]:
+    @property
+    def workspace_bytes(self) -> int:
+        """GPU memory held for edits: 8 bytes per vocabulary entry of a beam with penalties, 4 of another edited one."""
+        return self._counts.nbytes + (0 if self._scratch is None else self._scratch.nbytes)
+
+    def _bring_counts(self, spans: Spans) -> list[int]:
+        """The address of each search's counts, brought up to date; 0 where it has no penalties."""
+        addresses = [0] * len(spans.first)
+        penalized = [i for i, edit in enumerate(spans.edits) if edit is not None and edit.penalties is not None]
+        wanted = [(spans.beams[i], spans.carried[i]) for i in penalized]
+        for i, address in zip(penalized, self._counts.bring(wanted, spans.before), strict=True):
+            addresses[i] = address
+        return addresses
+
+    def _settings(
+        self, spans: Spans, total: int, given: int, counts: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The kernels' tables on the device, kept while the searches stay the same.
 
         Args:
             spans: the searches.
             total: rows of logits.
             given: address of log probabilities to be taken instead; 0: of the logits.
+            counts: address of each search's counts of tokens.
+
+        Returns:
+            rows, requests, and the list of edits, if there are any.
         """
-        shape = spans.first, spans.rows, spans.counts, spans.carried, total, given
+        shape = spans.first, spans.rows, spans.counts, spans.carried, total, given, spans.edits, counts
         if self._tables is None or self._shape != shape:
             table = np.zeros(total, dtype=BEAM_ROW)
             table["repetition"] = 1.0
             owners = np.repeat(np.arange(len(spans.first)), spans.rows)
-            first, counts = np.array(spans.first), np.array(spans.counts)
+            first, wanted = np.array(spans.first), np.array(spans.counts)
             beam = np.arange(len(owners)) - np.repeat(np.cumsum([0, *spans.rows[:-1]]), spans.rows)
             at = first[owners] + beam
-            table["k"][at], table["beam"][at], table["used"][at] = counts[owners], beam, 1
+            table["k"][at], table["beam"][at], table["used"][at] = wanted[owners], beam, 1
             for start, rows, place in zip(spans.first, spans.rows, spans.carried, strict=False):
                 if place is not None:
                     table["carried"][start : start + rows] = place + 1 + np.arange(rows)
             if given:
                 table["edited"], table["given"] = given + 4 * self._vocab * np.arange(total, dtype=np.uint64), 1
+            listed = self._edit(table, spans, counts)
             requests = np.zeros(len(spans.first), dtype=BEAM_REQUEST)
             requests["first"], requests["rows"], requests["k"] = spans.first, spans.rows, spans.counts
-            self._tables = upload(table, self._gpu.device), upload(requests, self._gpu.device)
-            self._shape = shape
+            device = self._gpu.device
+            edits = upload(listed, device) if len(listed) else None
+            self._tables, self._shape = (upload(table, device), upload(requests, device), edits), shape
         return self._tables
+
+    def _edit(self, table: npt.NDArray[np.void], spans: Spans, counts: list[int]) -> npt.NDArray[np.void]:
+        """Write the edits of searches into the table of rows; the list of ``EDIT`` that it refers to."""
+        listed: list[tuple[int, float]] = []
+        edited = [(i, edit) for i, edit in enumerate(spans.edits) if edit is not None]
+        address = self._scratch_address(sum(spans.rows[i] for i, _ in edited))
+        for i, edit in edited:
+            beams = np.arange(spans.rows[i], dtype=np.uint64)
+            own = table[spans.first[i] : spans.first[i] + spans.rows[i]]
+            own["edited"] = address + 4 * self._vocab * beams
+            address += 4 * self._vocab * len(beams)
+            if edit.penalties is not None:
+                own["repetition"], own["presence"], own["frequency"] = edit.penalties
+                own["counts"], own["penalized"] = counts[i] + 4 * self._vocab * beams, 1
+            own["edits"] = len(listed)
+            if edit.bias is not None:
+                listed += zip(edit.bias[0].tolist(), edit.bias[1].tolist(), strict=True)
+            own["bans"] = len(listed)
+            listed += [(token, 0.0) for token in edit.banned]
+            own["edits_end"] = len(listed)
+        return np.array(listed, dtype=EDIT)
+
+    def _scratch_address(self, rows: int) -> int:
+        if rows and (self._scratch is None or len(self._scratch) < rows):
+            self._scratch = None
+            size = min(self.max_rows, 1 << (rows - 1).bit_length())
+            self._scratch = torch.empty(size, self._vocab, dtype=torch.float32, device=self._gpu.device)
+        return 0 if self._scratch is None else self._scratch.data_ptr()

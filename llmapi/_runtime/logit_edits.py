@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,21 @@ class Encoder(Protocol):
         """Text to token ids."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Foreseen:
+    """What a request changes in its logits now, whatever its tokens are, but for penalties.
+
+    Attributes:
+        bias: ids, and what is added to their logits.
+        banned: ids that may not come next.
+        penalties: repetition, presence and frequency, by how often the sequence holds each token; None: no penalties.
+    """
+
+    bias: tuple[Tensor, Tensor] | None
+    banned: list[int]
+    penalties: tuple[float, float, float] | None
+
+
 @dataclass(slots=True)
 class _Plan:
     """A request's edits, prepared once."""
@@ -39,6 +54,7 @@ class _Plan:
     bad_words: list[tuple[int, ...]]
     longest: int  # tokens of the longest bad word
     error: str | None = None
+    foreseen: dict[frozenset[int], Foreseen] = field(default_factory=dict)  # by the ends that may not come
 
 
 class LogitEdits:
@@ -60,9 +76,25 @@ class LogitEdits:
         params = sequence.request.params
         return self._plans(params).edits or sequence.guide is not None or _held_back(sequence)
 
-    def never(self, params: SamplingParams) -> bool:
-        """Whether no logits of such a request are ever changed."""
-        return not (self._plans(params).edits or params.min_tokens or params.guided_decoding)
+    def foreseeable(self, params: SamplingParams) -> bool:
+        """Whether :meth:`foreseen` tells, of every token of such a request, all that is changed."""
+        plan = self._plans(params)
+        return not (plan.error or plan.processors or plan.longest > 1 or params.guided_decoding)
+
+    def foreseen(self, sequence: Sequence) -> Foreseen | None:
+        """What is changed in this sequence's next logits, which may have references for tokens; None for nothing. The
+        same object as long as it is the same.
+        """
+        if not self.wanted(sequence):
+            return None
+        p = sequence.request.params
+        plan = self._plans(p)
+        ends = sequence.request.stop_token_ids if _held_back(sequence) else frozenset()
+        if ends not in plan.foreseen:
+            banned = sorted({t for t in (*ends, *_completing(plan, sequence)) if t < self._vocab})
+            penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) if _penalized(p) else None
+            plan.foreseen[ends] = Foreseen(plan.bias, banned, penalties)
+        return plan.foreseen[ends]
 
     def apply(self, x: Tensor, sequences: Rows[Sequence]) -> list[RequestError | None]:
         """Edit row ``i`` of ``x`` as ``sequences[i]`` asks.
@@ -156,8 +188,11 @@ class LogitEdits:
 
 
 def _edits(p: SamplingParams) -> bool:
-    penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-    return bool(p.logits_processors or p.logit_bias or p.bad_words or penalized)
+    return bool(p.logits_processors or p.logit_bias or p.bad_words or _penalized(p))
+
+
+def _penalized(p: SamplingParams) -> bool:
+    return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
 
 
 def _held_back(sequence: Sequence) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmapi._runtime.request import Sequence
 
-_IN_PROMPT = -(1 << 31)  # the highest bit of an int32
+IN_PROMPT = -(1 << 31)  # the highest bit of an int32
 
 
 class TokenCounts:
@@ -96,4 +96,4 @@ class TokenCounts:
         row.index_add_(0, ids[output:], known[output:].int())
         flags = torch.zeros(self._vocab, dtype=torch.int32, device=self._device)
         flags.index_add_(0, ids[:output], known[:output].int())
-        row += (flags > 0).int() * _IN_PROMPT
+        row += (flags > 0).int() * IN_PROMPT

@@ -123,7 +123,7 @@ CHECKS: dict[str, Check] = {
     "beam choices": beam_choices,
     "beam moves": lambda gpu: beam_tests.test_moves(gpu, 37, 16, cases.SEED),  # type: ignore[arg-type]
     "beam carried": lambda gpu: beam_tests.test_carried_scores(gpu, cases.SEED),  # type: ignore[arg-type]
-    "beam counts": lambda gpu: beam_tests.test_counts(gpu, True, cases.SEED),  # type: ignore[arg-type]
+    "beam counts": lambda gpu: beam_tests.test_counts(gpu, 5000, cases.SEED),  # type: ignore[arg-type]
     "masks": masks,
 }
 
@@ -264,8 +264,11 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("beam_reorder.cu", "source = table[(int64_t)parent * width]", "source = table[parent]", "beam moves"),
     ("beam_reorder.cu", "row += gridDim.z", "row += 2 * gridDim.z", "beam moves"),
     ("beam_reorder.cu", "+ last / block_size, parents", "+ (last + 1) / block_size, parents", "beam moves"),
-    ("beam_reorder.cu", "+ (column == tokens[row])", "", "beam counts"),
-    ("beam_reorder.cu", "__syncthreads();  // all counts are read", "", "beam counts"),
+    ("beam_reorder.cu", "own.counts[(int64_t)row * width + token]++;", ";", "beam counts"),
+    ("beam_reorder.cu", "begin <= token && token < end", "begin <= token", "beam counts"),
+    ("beam_reorder.cu", "  __syncthreads();  // nobody counts before all have been read\n", "", "beam counts"),
+    ("beam_reorder.cu", "= own.counts[(int64_t)parent", "= own.counts[(int64_t)row", "beam counts"),
+    ("beam_reorder.cu", "tokens += own.slot;", "tokens += 0;", "beam counts"),
     ("sample.cu", "from += n;", "", "clusters"),
     ("rows.cuh", "mask[id >> 5] >> (id & 31) : 0", "mask[id >> 5] >> (id & 15) : 0", "masks"),
     ("rows.cuh", "allowed >> e & 1", "allowed >> (e & 6) & 1", "masks"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,17 +12,26 @@ from llmapi import LLM
 from llmapi._kernels.beam import move_tables
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.beam import seats
-from llmapi._runtime.candidates import BeamAsk, Candidates, Spans, select
+from llmapi._runtime.candidates import BeamAsk, Candidates, Chosen, Spans, select
+from llmapi._runtime.logit_edits import Foreseen
 from llmapi._runtime.plan import StepPlan
-from llmapi._runtime.request import Status
+from llmapi._runtime.request import Request, Sequence, Status
 from llmapi._runtime.sampler import Sampler
 from tests._runtime.test_overlap import OverlappingEngine, OverlappingSampler
 
 
 class PlayedChooser:
-    """:class:`~llmapi._runtime.candidates_cuda.KernelSelect` in plain code."""
+    """:class:`~llmapi._runtime.candidates_cuda.KernelSelect` in plain code.
+
+    Attributes:
+        edited: how many searches had edits made here, by whether their tokens were known to the host.
+    """
 
     max_rows = 64
+    edited: ClassVar[Counter[bool]] = Counter()
+
+    def __init__(self) -> None:
+        self._histories: dict[Request, list[list[int]]] = {}
 
     def fits(self, rows: int, count: int) -> bool:
         return True
@@ -30,8 +40,31 @@ class PlayedChooser:
         for first, rows, place in zip(spans.first, spans.rows, spans.carried, strict=False):
             if place is not None:
                 assert spans.before is not None
-                spans.cumulative[first : first + rows] = spans.before[place : place + rows]
-        return select(logits, spans, normalized)
+                spans.cumulative[first : first + rows] = spans.before.scores[place : place + rows]
+        if not any(spans.edits):
+            return select(logits, spans, normalized)
+        assert not normalized
+        x = logits.float().log_softmax(1)
+        for i, edit in enumerate(spans.edits):
+            if edit is not None:
+                histories = self._go_on(spans.beams[i], spans.carried[i], spans.before)
+                for row, history in enumerate(histories, spans.first[i]):
+                    edit_row(x[row], edit, history, spans.beams[i][0].num_prompt)
+        return select(x, spans, True)
+
+    def _go_on(self, beams: list[Sequence], place: int | None, before: Chosen | None) -> list[list[int]]:
+        """The tokens of each beam, from what was known when it was last asked for, and what was chosen then."""
+        request = beams[0].request
+        PlayedChooser.edited[place is None] += 1
+        if place is None:
+            self._histories[request] = [list(beam.token_ids) for beam in beams]
+            assert all(token >= 0 for history in self._histories[request] for token in history)
+        else:
+            assert before is not None
+            old, slots = self._histories[request], range(place, place + len(beams))
+            going = [(int(before.parents[slot]), int(before.tokens[slot])) for slot in slots]
+            self._histories[request] = [[*old[parent], token] for parent, token in going]
+        return self._histories[request]
 
     def choose(self, found: torch.Tensor, asks: list[tuple[int, BeamAsk]]) -> torch.Tensor:
         chosen: list[tuple[int, int, float]] = []
@@ -49,6 +82,21 @@ class PlayedChooser:
         ints = torch.tensor([parents, tokens, [0] * len(parents)], dtype=torch.int32)
         ints[2] = torch.tensor(scores).view(torch.int32)
         return ints
+
+
+def edit_row(x: torch.Tensor, edit: Foreseen, history: list[int], num_prompt: int) -> None:
+    """Change a row of log probabilities, token by token."""
+    if edit.bias is not None:
+        for token, value in zip(*(part.tolist() for part in edit.bias), strict=True):
+            x[token] += value
+    for token in edit.banned:
+        x[token] = -torch.inf
+    if edit.penalties is not None:
+        repetition, presence, frequency = edit.penalties
+        for token in {token for token in history if token < len(x)}:
+            x[token] = x[token] * repetition if x[token] < 0 else x[token] / repetition
+        for token, count in Counter(history[num_prompt:]).items():
+            x[token] -= presence + frequency * count
 
 
 class PlayedSampler(OverlappingSampler):

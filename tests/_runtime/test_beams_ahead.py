@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from llmapi import LLM, RequestOutput, SamplingParams
+from llmapi import LLM, RequestError, RequestOutput, SamplingParams
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.candidates import Found, PendingCandidates
-from tests._runtime.played import PlayedEngine, watch_tables
+from tests._runtime.played import PlayedChooser, PlayedEngine, watch_tables
 from tests.api.beam_truth import by_transformers
 from tests.api.truth import Truth, idle, prompts_of, until
 from tests.tiny import VOCAB, tiny_checkpoint
@@ -34,6 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where engines are kept; every engine made meanwhile is a played GPU."""
     monkeypatch.setattr("llmapi._runtime.engine_cpu.CpuEngine", PlayedEngine)
     PlayedEngine.moves = 0
+    PlayedChooser.edited.clear()
     yield tmp_path
     PlayedEngine.mask = None
 
@@ -73,11 +74,25 @@ def mix(rng: random.Random, truth: Truth, prompts: list[list[int]]) -> list[Samp
             SamplingParams(temperature=0.9, seed=i, max_tokens=count, n=2, stop=["a"]),
             beam(width, count, stop=["e"]),
             beam(4, count, num_beam_groups=2, diversity_penalty=0.5),
-            beam(width, count, repetition_penalty=1.2),
             beam(width, count, logprobs=1),
+            beam(width, count, **plain, **edits(rng, often, count)),
         ]
-        params.append(rng.choices(kinds, [12, 3, 2, 0.3, 0.3, 0.3, 0.3, 0.3])[0])
+        params.append(rng.choices(kinds, [9, 3, 2, 0.3, 0.3, 0.3, 0.3, 6])[0])
     return params
+
+
+def edits(rng: random.Random, often: list[int], count: int) -> dict[str, Any]:
+    """Changes of logits that hit, some of which the device can make by itself, and some not."""
+    kinds: list[dict[str, Any]] = [
+        {"repetition_penalty": rng.choice([0.8, 1.3])},
+        {"presence_penalty": rng.uniform(-1, 1), "frequency_penalty": rng.uniform(-1, 1)},
+        {"logit_bias": {token: rng.uniform(-3, 3) for token in rng.sample(range(VOCAB), 20)}},
+        {"min_tokens": rng.randint(1, count)},
+        {"bad_words": [chr(97 + rng.randrange(26))]},
+        {"logit_bias": {often[0]: -100.0}, "repetition_penalty": 1.1, "min_tokens": min(3, count)},
+        {"logits_processors": [lambda ids, logits: logits.roll(1)]},
+    ]
+    return rng.choices(kinds, [3, 3, 2, 3, 1, 2, 0.3])[0]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -87,12 +102,13 @@ def test_searches_are_those_of_the_synchronous_way(seed: int, checkpoint: Path, 
     prompts = prompts_of([rng.randint(1, 30) for _ in range(30)], seed)
     params = mix(rng, truth, prompts)
     small = seed % 2 == 1
-    with start(checkpoint, cache, blocks=28 if small else 300, block_size=8 if small else 16) as llm:
+    with start(checkpoint, cache, blocks=22 if small else 300, block_size=8 if small else 16) as llm:
         compared = watch_tables(llm, lambda row: llm._loop._engine.tables[row])  # type: ignore[attr-defined]
         ahead = llm.generate(prompts, params, use_tqdm=False)
         until(lambda: idle(llm))
         moved = PlayedEngine.moves
         assert moved > 30 and compared() > 100
+        assert PlayedChooser.edited[True] and PlayedChooser.edited[False] > 5
         assert (sum(o.metrics.preemptions for o in ahead if o.metrics) > 0) == small
         llm._loop.plans_beams_ahead = False
         plain = llm.generate(prompts, params, use_tqdm=False)
@@ -203,6 +219,24 @@ def test_a_search_that_fails_fails_alone(checkpoint: Path, cache: Path) -> None:
         with pytest.raises(Exception, match=r"output token 4: 1 of .* logits are NaN"):
             both[0].result(60)
         assert told(both[1].result(60)) == told(good)
+        until(lambda: idle(llm))
+
+
+def test_a_search_whose_edits_leave_no_token_says_so(checkpoint: Path, cache: Path) -> None:
+    """At the fifth token the model allows nothing but the end, which ``min_tokens`` forbids."""
+
+    def ended(batch: StepBatch, logits: torch.Tensor) -> None:
+        for row, at in enumerate(batch.logits_indices):
+            if batch.positions[at] == 12:  # only the first prompt is as long
+                logits[row, 2:], logits[row, 0] = -torch.inf, -torch.inf
+
+    first, second = prompts_of([9, 40])
+    PlayedEngine.mask = ended
+    with start(checkpoint, cache) as llm:
+        both = [llm.generate_async(p, beam(3, 15, min_tokens=9)) for p in (first, second)]
+        with pytest.raises(RequestError, match=r"output token 4: no token is left of 300: .*min_tokens.*Loosen one"):
+            both[0].result(60)
+        assert both[1].result(60).finished and PlayedChooser.edited[False] > 5
         until(lambda: idle(llm))
 
 

@@ -12,6 +12,7 @@ import torch
 from llmapi._runtime.candidates import BeamAsk, Candidates, Spans, select
 from llmapi._runtime.candidates_cuda import KernelSelect
 from llmapi._runtime.logit_edits import LogitEdits
+from tests._runtime.played import PlayedChooser
 from tests._runtime.test_candidates import brute, check, search
 from tests.emulator.gpu import EmulatedGpu
 
@@ -96,3 +97,56 @@ def test_edited_rows(kernel_folder: Path, dtype: torch.dtype) -> None:
     assert set(by_kernel[2].rows) == {1}
     assert by_kernel[3].scores[0] != by_kernel[3].scores[0]
     assert found.launches == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_edited_searches_whose_beams_the_host_does_not_know(kernel_folder: Path, dtype: torch.dtype) -> None:
+    """Step after step, with searches that come, move, are met again by the host, and end: as in plain code.
+
+    Edited or not, with prompts that hold what is chosen; the host's own tokens are references meanwhile.
+    """
+    gpu: Any = EmulatedGpu(kernel_folder)
+    kernel = KernelSelect(gpu, vocab_size=VOCAB, max_rows=48, logits_dtype=dtype)
+    ways: list[Any] = [kernel, PlayedChooser()]
+    finders = [Candidates(VOCAB, LogitEdits(VOCAB), getattr(way, "select", way), way) for way in ways]
+    rng = random.Random(2)
+    torch.manual_seed(2)
+    kinds: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.6}, {}, {"frequency_penalty": 1.5, "presence_penalty": -1.0},
+        {"logit_bias": {7: 6.0, 9: -100.0}, "repetition_penalty": 0.7}, {"min_tokens": 6}, {"logit_bias": {3: 4.0}},
+    ]  # fmt: skip
+    searches = [search(width, [5, 9, 7], **kind) for width, kind in zip((3, 2, 4, 1, 2, 5), kinds, strict=True)]
+    real = {seq: list(seq.token_ids) for beams in searches for seq in beams}
+    before: list[Any] = [None, None]
+    held = []
+    for step in range(14):
+        if step == 11:
+            for seq in (seq for beams in searches[:3] for seq in beams):
+                seq.finish_reason = "length"
+            searches = searches[3:]
+        known = step % 5 == 0  # the host has caught up with all of them
+        logits = (torch.randn(sum(map(len, searches)) + 1, VOCAB) * 2).to(dtype)
+        first, asks = 1, []
+        for beams in searches:
+            carried = None if known else before[0].slots[beams[0].request]
+            scores = [-rng.random() for _ in beams] if known else []
+            asks.append(BeamAsk(beams, scores, first, 2 * len(beams), carried=carried, ends=frozenset([0])))
+            first += len(beams)
+        found = [f.start(logits, asks, b) for f, b in zip(finders, before, strict=True)]
+        for one, other in zip(*(pending.result() for pending in found), strict=True):
+            assert (one.rows, one.tokens) == (other.rows, other.tokens), step
+            assert one.scores == pytest.approx(other.scores, abs=1e-4)
+        before = [pending.chosen for pending in found]
+        assert torch.equal(before[0].parents, before[1].parents) and torch.equal(before[0].tokens, before[1].tokens)
+        for chosen in before:
+            chosen.slots = {ask.sequences[0].request: chosen.slots[place] for place, ask in enumerate(asks)}
+        told = (step + 1) % 5 == 0
+        for ask in asks:
+            at = before[0].slots[ask.sequences[0].request]
+            parents, tokens = (x[at : at + len(ask.sequences)].tolist() for x in (before[0].parents, before[0].tokens))
+            going = [[*real[ask.sequences[parent]], token] for parent, token in zip(parents, tokens, strict=True)]
+            for seq, ids in zip(ask.sequences, going, strict=True):
+                real[seq] = ids
+                seq.token_ids = list(ids) if told else [*seq.token_ids, -1]
+        held.append(kernel.workspace_bytes)
+    assert kernel.launches == 14 and held[10] == held[5] > held[13] > 0

@@ -181,7 +181,7 @@ def test_beams_are_those_of_transformers(llm: LLM, truth: Truth) -> None:
 
 def test_beams_that_are_planned_ahead(llm: LLM) -> None:
     """The kernels' tables are the host's after each launch; texts and scores are those of the synchronous way."""
-    prompts = prompts_of([30, 3, 17, 9, 14], seed=8)
+    prompts = prompts_of([30, 3, 17, 9, 14, 12, 7], seed=8)
     search: dict[str, Any] = {"use_beam_search": True}
     params = [
         SamplingParams(beam_width=4, n=4, max_tokens=22, **search),
@@ -189,6 +189,8 @@ def test_beams_that_are_planned_ahead(llm: LLM) -> None:
         greedy(20),
         SamplingParams(beam_width=2, max_tokens=25, ignore_eos=True, **search),
         SamplingParams(beam_width=1, max_tokens=9, **search),
+        SamplingParams(beam_width=3, n=3, max_tokens=20, repetition_penalty=1.4, min_tokens=12, **search),
+        SamplingParams(beam_width=2, max_tokens=20, frequency_penalty=0.8, logit_bias={9: 2.0}, **search),
     ]
     engine: Any = llm._loop._engine
     compared = watch_tables(llm, lambda row: engine._buffers.tables[row].tolist())

@@ -13,7 +13,14 @@ import torch
 
 from llmapi._kernels.beam import candidates, log_softmax, move_tables, request_rows
 from llmapi._kernels.beam_cuda import MAX_CANDIDATES, BeamKernels, Candidates, settings
-from llmapi._kernels.beam_reorder_cuda import BEAM_CHOICE, BEAM_MOVE, choose_beams, move_beams, reorder_counts
+from llmapi._kernels.beam_reorder_cuda import (
+    BEAM_CHOICE,
+    BEAM_MOVE,
+    BEAM_TALLY,
+    choose_beams,
+    move_beams,
+    move_counts,
+)
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.sample_cuda import EDIT
 from llmapi._runtime.beam import seats
@@ -538,39 +545,29 @@ def test_carried_scores(gpu: Gpu, seed: int) -> None:
     compare(x, scores, requests, out, constants, f"seed {seed}")
 
 
-def random_step(rng: random.Random, requests: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Parents within each request, and tokens; some rows end."""
-    parents = []
-    for own in request_rows(requests):
-        parents += [
-            -1 if rng.random() < 0.1 else rng.randrange(own.start, own.stop) for _ in range(own.start, own.stop)
-        ]
-    return {"parents": torch.tensor(parents, dtype=torch.int32)}
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_counts(gpu: Gpu, in_place: bool, seed: int) -> None:
+@pytest.mark.parametrize("vocab", [5, 1001, 5000])
+def test_counts(gpu: Gpu, vocab: int, seed: int) -> None:
+    """Counts of searches in another order than their parents; tokens at the ends of a block's part, and none."""
     rng = random.Random(seed)
-    for vocab in (5, 1001, 5000):
-        requests = [(4, 8), (1, 2), (9, 4)]
-        step = random_step(rng, requests)
-        n = len(step["parents"])
-        step["tokens"] = torch.tensor([rng.randrange(-1, vocab) for _ in range(n)], dtype=torch.int32)
-        counts = torch.randint(-(1 << 31), 1 << 30, (n, vocab), dtype=torch.int32)
-        expected = counts.clone() if in_place else torch.full_like(counts, 3)
-        for row, (parent, token) in enumerate(zip(step["parents"].tolist(), step["tokens"].tolist(), strict=True)):
-            if parent >= 0 and row != 6:
-                expected[row] = counts[parent]
+    for shapes in ([4] * 5, [1, 9, 3], [rng.randrange(1, 9) for _ in range(6)], [256] if vocab < 5000 else [33]):
+        total, tallies = sum(shapes), np.zeros(len(shapes), dtype=BEAM_TALLY)
+        parents, tokens = torch.zeros(2, total, dtype=torch.int32)
+        tables = [torch.randint(-(1 << 31), 1 << 30, (rows, vocab), dtype=torch.int32) for rows in shapes]
+        there = [table.to(gpu.device) for table in tables]
+        slots = rng.sample(range(len(shapes)), len(shapes))
+        for at, rows in enumerate(shapes):
+            slot = sum(shapes[s] for s in slots[: slots.index(at)])
+            own, part = random_parents(rng, rows), 4096 // max(shapes)
+            chosen = [rng.choice([-1, 0, vocab - 1, min(part, vocab) - 1, rng.randrange(vocab)]) for _ in own]
+            parents[slot : slot + rows], tokens[slot : slot + rows] = torch.tensor(own), torch.tensor(chosen)
+            tallies[at] = (there[at].data_ptr(), rows, slot)
+            tables[at] = tables[at][own]
+            for row, token in enumerate(chosen):
                 if token >= 0:
-                    expected[row, token] += 1
-        here = counts.to(gpu.device)
-        target = here if in_place else torch.full_like(here, 3)
-        addresses = [torch.tensor([row.data_ptr() for row in t], device=gpu.device) for t in (here, target)]
-        addresses[1][6] = 0
-        _, queue = settings(requests)
-        parents, tokens = step["parents"].to(gpu.device), step["tokens"].to(gpu.device)
-        reorder_counts(
-            gpu, *addresses, requests=as_bytes(queue, gpu), most_rows=9, parents=parents, tokens=tokens,
-            vocab_size=vocab,
+                    tables[at][row, token] += 1
+        move_counts(
+            gpu, as_bytes(tallies, gpu), most_rows=max(shapes), parents=parents.to(gpu.device),
+            tokens=tokens.to(gpu.device), vocab_size=vocab,
         )  # fmt: skip
-        assert torch.equal(target.cpu(), expected), f"seed {seed} {vocab}"
+        for number, (found, expected) in enumerate(zip(there, tables, strict=True)):
+            assert torch.equal(found.cpu(), expected), f"seed {seed} {shapes} {number}"

@@ -65,10 +65,14 @@ def test_planning_ahead_changes_nothing(tmp_path: Path, cache: Path, block_size:
             params.append(SamplingParams(temperature=0.8 * (i % 8 == 3), seed=i, max_tokens=count))
         else:
             early: Any = rng.choice([True, False, "never"])
+            edits: list[dict[str, Any]] = [
+                {}, {}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "frequency_penalty": 0.7},
+                {"min_tokens": rng.randint(1, count)}, {"logit_bias": {9: 3.0, 12: -100.0}},
+            ]  # fmt: skip
             params.append(
                 SamplingParams(
                     use_beam_search=True, beam_width=width, n=width, max_tokens=count, stop_token_ids=stops,
-                    early_stopping=early,
+                    early_stopping=early, **rng.choice(edits),
                 )
             )  # fmt: skip
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -10,10 +10,6 @@ constexpr int TILE = 4096;                          // numbers that a block read
 #define INFINITY_F __int_as_float(0x7f800000)
 constexpr int NOBODY = 0x7fffffff;
 
-struct alignas(16) Request {  // as in beam.cu
-  int first, rows, k, unused;
-};
-
 // A search whose continuations are chosen. `list`: of its candidates; k: how many they are; slot: its first place among
 // the results; [ends, ends_stop) in the list of tokens that end it.
 struct alignas(16) Choice {
@@ -23,6 +19,12 @@ struct alignas(16) Choice {
 // A search that has moved. row: its first in the tables; slot: its first place among the results of beam_choose.
 struct alignas(16) Move {
   int row, rows, slot, unused;
+};
+
+// A search whose counts move. counts [rows, width]; slot: as of a Move.
+struct alignas(16) Tally {
+  int* counts;
+  int rows, slot;
 };
 
 DEVICE int columns_of(int rows) { return TILE / max(1, min(rows, THREADS)); }
@@ -126,26 +128,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// Counts of tokens for penalties, [width] at an address for each row: those of row r become its parent's, from the
-// addresses of the step before, with tokens[r] counted once more. `target` may be `source` as in beam_tables. Rows with
-// address 0 (or parent -1) are left alone. Grid: requests, then CEIL_DIV(width, the fewest columns of a request).
+// Counts of tokens for penalties, in place: a row has those of its parent, and its token counted once more. Grid: searches,
+// then CEIL_DIV(width, the fewest columns of a search).
 extern "C" __global__ void __launch_bounds__(THREADS)
-    beam_counts(const uint64_t* source, const uint64_t* target, int width, const Request* requests, const int* parents,
-                const int* tokens) {
-  __shared__ int tile[TILE];
+    beam_counts(int width, const Tally* tallies, const int* parents, const int* tokens) {
   pdl_wait();
   pdl_launch();
-  Request request = requests[blockIdx.x];
-  int tid = threadIdx.x, columns = columns_of(request.rows), begin = blockIdx.y * columns, end = min(begin + columns, width);
-  if (request.rows <= 0 || begin >= end) return;
-  for (int i = tid; i < request.rows * columns; i += THREADS) {
-    int row = request.first + i / columns, parent = parents[row], column = begin + i % columns;
-    if (column >= end || parent < 0 || !target[row]) continue;
-    tile[i] = reinterpret_cast<const int*>(source[parent])[column] + (column == tokens[row]);
+  Tally own = tallies[blockIdx.x];
+  int columns = columns_of(own.rows), begin = blockIdx.y * columns, end = min(begin + columns, width);
+  parents += own.slot, tokens += own.slot;
+  for (int i = threadIdx.x; i < own.rows * columns; i += THREADS) {
+    int row = i / columns, column = begin + i % columns, parent = parents[row];
+    if (column < end && parent != row)
+      own.counts[(int64_t)row * width + column] = own.counts[(int64_t)parent * width + column];
   }
-  __syncthreads();  // all counts are read
-  for (int i = tid; i < request.rows * columns; i += THREADS) {
-    int row = request.first + i / columns, column = begin + i % columns;
-    if (column < end && parents[row] >= 0 && target[row]) reinterpret_cast<int*>(target[row])[column] = tile[i];
+  __syncthreads();  // nobody counts before all have been read
+  for (int row = threadIdx.x; row < own.rows; row += THREADS) {
+    int token = tokens[row];
+    if (begin <= token && token < end) own.counts[(int64_t)row * width + token]++;
   }
 }
