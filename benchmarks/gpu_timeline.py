@@ -61,9 +61,9 @@ def watch(loop: Any) -> list[dict[str, float]]:
         seen.append({"seqs": len(plan.entries), "tokens": tokens, "at": begin, "launch": end - begin, "wait": 0.0})
         return flight
 
-    def timed_land() -> None:
+    def timed_land(following: Any = None) -> None:
         begin = time.perf_counter()
-        land()
+        land(following)
         if seen:
             seen[-1]["wait"] += time.perf_counter() - begin
 

@@ -1,7 +1,4 @@
-"""The engine loop: admit, schedule, run, sample, commit. One thread owns the engine; everyone else sends it jobs.
-
-Decisions are committed here and nowhere else: tokens are appended, sequences forked and ended, blocks given back.
-"""
+"""The engine loop: admit, schedule, run, sample, commit. One thread owns the engine; everyone else sends it jobs."""
 
 from __future__ import annotations
 
@@ -14,17 +11,17 @@ from functools import partial
 import torch
 
 from llmapi._runtime.batch import Moves, build_batch, wanted_positions
-from llmapi._runtime.candidates import BeamAsk, Chosen, Found
+from llmapi._runtime.candidates import BeamAsk, Chosen
 from llmapi._runtime.engine import Engine, run_step
 from llmapi._runtime.flight import BeamTurn, Flight
 from llmapi._runtime.job import Job
+from llmapi._runtime.landing import Landing
 from llmapi._runtime.logprobs import prompt_logprobs
 from llmapi._runtime.plan import Entry, StepPlan
 from llmapi._runtime.request import Request, Sequence
-from llmapi._runtime.sampler import Sampled, Sampler, SampleRow
+from llmapi._runtime.sampler import Sampler, SampleRow
 from llmapi._runtime.scheduler import Scheduler
-from llmapi.errors import EngineClosedError, LLMAPIError
-from llmapi.outputs import FinishReason
+from llmapi.errors import EngineClosedError
 
 log = logging.getLogger("llmapi")
 
@@ -47,7 +44,8 @@ class EngineLoop:
         self._engine = engine
         self._scheduler = scheduler
         self._sampler = sampler
-        self._jobs: dict[Request, Job] = {}
+        self._landing = Landing(scheduler)
+        self._jobs = self._landing.jobs
         self._arriving: deque[Job] = deque()
         self._compiled: deque[Job] = deque()  # whose grammar is ready, or known to be wrong
         self._aborting: deque[str] = deque()
@@ -117,9 +115,10 @@ class EngineLoop:
                 self._step()
             except BaseException as error:  # SystemExit too, of users' code: those who wait must hear of it
                 log.exception("a step failed; the requests in flight fail with it")
-                self._fail_all(error)
+                self._flight = None
+                self._landing.fail_all(error)
         for job in [*self._jobs.values(), *self._arriving]:
-            self._end_job(job, "abort")
+            self._landing.end(job, "abort")
         self._engine.close()
 
     def _step(self) -> None:
@@ -215,45 +214,8 @@ class EngineLoop:
             following: the step that was launched after it, if one was.
         """
         flight, self._flight = self._flight, None
-        if flight is None:
-            return
-        for job in flight.probed:
-            self._end_probe(job)
-        if flight.candidates is not None:
-            self._land_beams(flight, flight.candidates.result(), following)
-        if flight.pending is None:
-            return
-        for row, reserved, sampled in zip(flight.rows, flight.reserved(), flight.pending.result(), strict=True):
-            owner = self._jobs.get(row.sequence.request)
-            if owner is None or row.sequence.finished:
-                continue  # it ended while the step ran, or failed at the row of a sibling
-            try:
-                self._commit_row(owner, row.sequence, sampled, reserved)
-            except Exception as error:  # such as a tokenizer's; the others have no part in it
-                log.exception("request %s failed", owner.request.id)
-                self._fail(owner, error)
-
-    def _land_beams(self, flight: Flight, found: list[Found], following: Flight | None) -> None:
-        for turn in flight.turns:
-            job, first = turn.job, turn.first_ask
-            if job.request not in self._jobs:
-                continue
-            assert job.beams is not None and flight.candidates is not None
-            try:
-                job.note_token(self.steps)
-                own = found[first : first + len(turn.asks)]
-                moved = following is not None and job.request in following.moved
-                if not job.beams.advance(own, flight.candidates, first, self._scheduler, moved):
-                    assert following is not None
-                    following.dropped.add(job.request)
-                if job.beams.over:
-                    self._end_job(job, None)
-                elif job.streaming:
-                    job.listener(job.output())
-            except Exception as error:
-                if not isinstance(error, LLMAPIError):
-                    log.exception("request %s failed", job.request.id)
-                self._fail(job, error)
+        if flight is not None:
+            self._landing.land(flight, following, self.steps)
 
     def _admit(self) -> None:
         """Take in what arrived since the last step, and let go of what was aborted."""
@@ -272,7 +234,7 @@ class EngineLoop:
                 self._begin_guided(job)
         if aborting:
             for job in [job for job in self._jobs.values() if job.request.id in aborting]:
-                self._end_job(job, "abort")
+                self._landing.end(job, "abort")
 
     def _grammar_done(self, job: Job, _: object) -> None:
         """Let a job in whose grammar is compiled; called from any thread."""
@@ -286,7 +248,7 @@ class EngineLoop:
         try:
             request.sequences[0].guide = request.grammar.result().start(request.stop_token_ids)
         except (Exception, CancelledError) as error:
-            self._fail(job, error)
+            self._landing.fail(job, error)
         else:
             self._scheduler.add(request.sequences[0])
 
@@ -320,97 +282,6 @@ class EngineLoop:
         if entry.produces_logits:
             probe.finish()
             probed.append(job)
-
-    def _end_probe(self, job: Job) -> None:
-        [seq] = job.request.sequences
-        if not seq.finished:  # it may have been aborted while the step ran
-            assert job.request.probe is not None
-            job.request.probe.land()
-            self._end_sequence(seq, "stop")
-            self._end_job(job, None)
-
-    def _commit_row(self, job: Job, seq: Sequence, sampled: Sampled, reserved: bool) -> None:
-        if reserved:
-            del seq.token_ids[-1]  # the reference that stood in for the token
-        if sampled.error is not None:
-            self._fail(job, sampled.error)
-            return
-        job.note_token(self.steps)
-        siblings = [seq] + [self._sibling(job, seq, index) for index in range(1, len(sampled.token_ids))]
-        for sibling, token in zip(siblings, sampled.token_ids, strict=True):
-            sibling.token_ids.append(token)
-        for sibling in siblings[1:]:
-            self._scheduler.fork(seq, sibling)
-        for index, sibling in enumerate(siblings):
-            self._advance(job, sibling, sampled, index)
-        if job.request.finished:
-            self._end_job(job, None)
-        elif job.streaming:
-            job.listener(job.output())
-
-    def _sibling(self, job: Job, seq: Sequence, index: int) -> Sequence:
-        """A new sequence that goes on from where ``seq`` stands, its next token not yet appended."""
-        sibling = Sequence(seq.request, index, list(seq.token_ids), seq.num_prompt)
-        seq.request.sequences.append(sibling)
-        job.records[sibling] = job.records[seq].fork()
-        sibling.guide = None if seq.guide is None else seq.guide.fork()
-        return sibling
-
-    def _advance(self, job: Job, seq: Sequence, sampled: Sampled, index: int) -> None:
-        """Record the token just appended to ``seq``, and end the sequence where it is the last."""
-        request, record, token = job.request, job.records[seq], seq.token_ids[-1]
-        if sampled.logprobs is not None:
-            record.logprobs.append(sampled.logprobs[index])
-        if sampled.logits is not None:
-            record.logits.append(sampled.logits)
-        enough = seq.num_output >= request.params.min_tokens
-        if token in request.stop_token_ids and enough:
-            if seq.guide is not None:
-                seq.guide.check()
-            explicit = token in (request.params.stop_token_ids or ())
-            record.transcript.end_with(token)
-            self._end_sequence(seq, "stop", token if explicit else None)
-            return
-        stop = record.transcript.append(token)
-        if seq.guide is not None:
-            seq.guide.accept(token)
-        if stop is not None:
-            self._end_sequence(seq, "stop", stop)
-        elif seq.guide is not None and seq.guide.complete:
-            self._end_sequence(seq, "stop", record.transcript.finish())
-        elif seq.num_output >= request.max_tokens:
-            stop = record.transcript.finish()
-            self._end_sequence(seq, "length" if stop is None else "stop", stop)
-
-    def _end_sequence(self, seq: Sequence, reason: FinishReason, stop: int | str | None = None) -> None:
-        seq.finish_reason, seq.stop_reason = reason, stop
-        self._scheduler.finish(seq)
-
-    def _end_job(self, job: Job, reason: FinishReason | None) -> None:
-        """End the sequences that still run for ``reason``, and tell the listener."""
-        if job.beams is not None and reason is not None:
-            job.beams.stop(reason)
-        for seq in job.request.sequences:
-            if not seq.finished:
-                assert reason is not None or job.beams is not None
-                if seq in job.records and reason != "error":
-                    job.records[seq].transcript.finish()
-                self._end_sequence(seq, reason or "length")
-        self._jobs.pop(job.request, None)
-        job.request.metrics.finished_time = job.elapsed()
-        job.listener(job.output())
-
-    def _fail(self, job: Job, error: BaseException) -> None:
-        if not isinstance(error, LLMAPIError):
-            cause, error = error, LLMAPIError(f"the engine failed: {type(error).__name__}: {error}")
-            error.__cause__ = cause
-        job.error = error
-        self._end_job(job, "error")
-
-    def _fail_all(self, error: BaseException) -> None:
-        self._flight = None
-        for job in list(self._jobs.values()):
-            self._fail(job, error)
 
 
 def _draws(seq: Sequence) -> int:

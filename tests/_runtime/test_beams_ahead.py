@@ -190,14 +190,14 @@ def test_a_search_that_loses_beams_goes_on_without_the_step_that_was_ahead(check
         with start(checkpoint, cache, block_size=size) as llm:
             compared = watch_tables(llm, lambda row, llm=llm: llm._loop._engine.tables[row])  # type: ignore[misc]
             dropped = 0
-            land = llm._loop._land_beams
+            land = llm._loop._landing._land_beams
 
-            def watched(flight: Any, found: Any, following: Any, land: Any = land) -> None:
+            def watched(flight: Any, found: Any, following: Any, step: int, land: Any = land) -> None:
                 nonlocal dropped
-                land(flight, found, following)
+                land(flight, found, following, step)
                 dropped += following is not None and len(following.dropped)
 
-            llm._loop._land_beams = watched  # type: ignore[method-assign]
+            llm._loop._landing._land_beams = watched  # type: ignore[method-assign]
             ahead = llm.generate(prompt, params)
             assert dropped >= 2 and compared() > 20
             until(lambda: idle(llm))
