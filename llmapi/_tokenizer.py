@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 _MODES = ("auto", "slow")
 _EXAMPLE = "each message is a dict such as {'role': 'user', 'content': 'Hello'}"
+_FIXED = ("conversation", "tokenize", "return_dict", "return_tensors")
+"""Options of transformers' ``apply_chat_template`` that are set here, so that token ids come of it."""
 
 
 class Tokenizer:
@@ -230,8 +232,15 @@ class Tokenizer:
             template_arguments: passed on to the template.
 
         Raises:
+            ConfigError: an option that is set here already.
             RequestError: the model has no chat template, a message is malformed, or the template refuses it.
         """
+        for name in _FIXED:
+            if name in template_arguments:
+                raise ConfigError(
+                    f"{name}={template_arguments[name]!r} cannot be given to a chat, which sets {', '.join(_FIXED)} "
+                    f"itself: leave out {name}"
+                )
         _check_messages(messages)
         if chat_template is None and not self.backend.chat_template:
             raise RequestError(
@@ -269,7 +278,10 @@ def _special_ids(backend: Any) -> frozenset[int]:
 
 def _check_messages(messages: object) -> None:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise RequestError(f"messages must be a list, not {type(messages).__name__}: {_EXAMPLE}")
+        raise RequestError(
+            f"a conversation must be a list of messages, not {type(messages).__name__}: give "
+            "[{'role': 'user', 'content': 'Hello'}], for example, or a list of such lists for several conversations"
+        )
     if not messages:
         raise RequestError(f"messages is empty: give at least one; {_EXAMPLE}")
     for i, message in enumerate(messages):

@@ -238,6 +238,7 @@ class LLM:
             as :meth:`generate`.
 
         Raises:
+            ConfigError: an option of the template that chat sets itself, such as ``tokenize``.
             RequestError: the model has no chat template, or a message is malformed.
         """
         from llmapi._runtime.inputs import conversations, pair_params
