@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from llmapi._detokenizer import Detokenizer
 from llmapi._frozen_tokenizer import FrozenTokenizer, freeze
-from llmapi.errors import CheckpointError, ConfigError, RequestError, unknown_name
+from llmapi.errors import CheckpointError, ConfigError, RequestError, not_unicode, unknown_name
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -166,10 +166,7 @@ class Tokenizer:
                 return self._frozen.encode(text, add_special_tokens)
             encoded = self.backend(text, add_special_tokens=add_special_tokens, verbose=False)
         except (UnicodeError, TypeError) as error:
-            raise RequestError(
-                f"the prompt is not valid Unicode ({_first_line(error)}): replace lone surrogates, "
-                "e.g. text.encode('utf-8', 'replace').decode()"
-            ) from error
+            raise RequestError(f"the text {not_unicode(text) or f'cannot be encoded: {error}'}") from error
         return list(encoded["input_ids"])
 
     def decode(
@@ -301,6 +298,8 @@ def _check_messages(messages: object) -> None:
                     )
         elif not isinstance(content, str):
             raise RequestError(f"messages[{i}] has content={content!r}: give a text; {_EXAMPLE}")
+        elif why := not_unicode(content):
+            raise RequestError(f"the content of messages[{i}] {why}")
 
 
 def _first_line(error: BaseException) -> str:

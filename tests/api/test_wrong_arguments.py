@@ -25,6 +25,11 @@ def test_switches_of_sampling_are_true_or_false(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: SamplingParams(bad_words=["x", "y\ud800"]),
+            r"^bad_words holds 'y\\ud800', which is not valid Unicode \('\\ud800' at character 1\): replace",
+        ),
+        (lambda: SamplingParams(stop="\ud800"), r"^stop holds '\\ud800', which is not valid Unicode"),
         (lambda: SamplingParams(stop=b"x"), "stop=b'x': give a list of texts"),  # type: ignore[arg-type]
         (lambda: KvCacheConfig(max_token=5), "did you mean 'max_tokens'"),  # type: ignore[call-arg]
         (lambda: KvCacheConfig(5), "keyword arguments only"),  # type: ignore[misc]
