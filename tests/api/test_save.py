@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmapi import LLM, CheckpointError, ConfigError, SamplingParams
+from llmapi import LLM, CheckpointError, ConfigError, EngineClosedError, SamplingParams
 from llmapi._build.store import Store
 from tests.api.truth import Truth, forced, prompts_of
 from tests.tiny import tiny_checkpoint
@@ -115,6 +115,14 @@ def test_where_it_may_be_saved(llm: LLM, tmp_path: Path, truth: Truth) -> None:
     for wrong in (None, 5, b"x", "~no such user/x", "nul\0"):
         with pytest.raises(ConfigError, match="folder="):
             llm.save(wrong)  # type: ignore[arg-type]
+
+
+def test_a_closed_llm_is_not_saved(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    with LLM(checkpoint, cache_dir=cache) as llm:
+        pass
+    with pytest.raises(EngineClosedError, match=r"this LLM was closed.*save it before"):
+        llm.save(tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_save_that_fails_leaves_nothing(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,8 @@ def test_messages_name_the_argument_that_is_wrong(llm: LLM) -> None:
 def test_a_closed_llm_says_so_before_it_judges_a_request(checkpoint: Path, cache: Path) -> None:
     llm = LLM(checkpoint, cache_dir=cache)
     llm.close()
-    for call in (llm.generate, llm.generate_async, llm.stream, lambda p: llm.generate([p, p])):
+    calls: list[Callable[[str], Any]] = [llm.generate, llm.generate_async, llm.stream, lambda p: llm.generate([p, p])]
+    calls += [llm.embed, llm.encode, llm.perplexity, lambda p: llm.score(p, p)]
+    for call in calls:
         with pytest.raises(EngineClosedError, match="this LLM was closed"):
             call("")
