@@ -451,7 +451,7 @@ class LLM:
             folder: a new or empty folder; it appears whole or not at all.
 
         Raises:
-            ConfigError: the folder exists and is not empty, cannot be made, or is no name of one.
+            ConfigError: the folder exists and is not empty, cannot be made, is no name of one, or its disk is full.
             EngineClosedError: after :meth:`close`.
         """
         from llmapi._build.saved import save_engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,17 @@ def test_a_save_that_fails_leaves_nothing(llm: LLM, tmp_path: Path, monkeypatch:
             llm.save(tmp_path / "engine")
     assert list(tmp_path.iterdir()) == []
     llm.save(tmp_path / "engine")
+
+
+def test_a_save_to_a_full_disk_says_so(llm: LLM, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # as a quota does
+    try:
+        with pytest.raises(ConfigError, match=r"engine cannot be written: its disk is full.*weights alone take .*kB"):
+            llm.save(tmp_path / "engine")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def files_of(folder: Path) -> list[str]:
