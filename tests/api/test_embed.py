@@ -101,6 +101,8 @@ def test_what_cannot_be_embedded(llm: LLM) -> None:
             call(["a", "b", [5] * 513])
         with pytest.raises(RequestError, match=r"^texts\[0\]: token 300 is not in the model's vocabulary"):
             call([[300]])
-    with pytest.raises(PromptTooLongError, match=r"^texts\[0\]: 513 tokens of a text are to be run, and max_seq_len=512"):
+    with pytest.raises(
+        PromptTooLongError, match=r"^texts\[0\]: 513 tokens of a text are to be run, and max_seq_len=512"
+    ):
         llm.encode(prompts_of([513], seed=6))
     until(lambda: idle(llm))
