@@ -461,7 +461,7 @@ class LLM:
             raise ConfigError(f"folder={folder!r}: give the name of a new folder")
         if self._service.closed:
             raise EngineClosedError(
-                "this LLM was closed, and others may delete its files: save it before, or a new one"
+                "this LLM was closed and holds its files no longer: save before close(), or make a new one"
             )
         p = self._prepared
         if p.weights is None:

@@ -121,7 +121,7 @@ def test_where_it_may_be_saved(llm: LLM, tmp_path: Path, truth: Truth) -> None:
 def test_a_closed_llm_is_not_saved(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     with LLM(checkpoint, cache_dir=cache) as llm:
         pass
-    with pytest.raises(EngineClosedError, match=r"this LLM was closed.*save it before"):
+    with pytest.raises(EngineClosedError, match=r"this LLM was closed.*: save before close\(\), or make a new one"):
         llm.save(tmp_path / "engine")
     assert list(tmp_path.iterdir()) == []
 
