@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from llmapi._detokenizer import Detokenizer
 from llmapi._frozen_tokenizer import FrozenTokenizer, freeze
-from llmapi.errors import CheckpointError, ConfigError, RequestError, unknown_name
+from llmapi.errors import CheckpointError, ConfigError, RequestError, not_unicode, unknown_name
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 _MODES = ("auto", "slow")
 _EXAMPLE = "each message is a dict such as {'role': 'user', 'content': 'Hello'}"
+_FIXED = ("conversation", "tokenize", "return_dict", "return_tensors")
+"""Options of transformers' ``apply_chat_template`` that are set here, so that token ids come of it."""
 
 
 class Tokenizer:
@@ -164,10 +166,7 @@ class Tokenizer:
                 return self._frozen.encode(text, add_special_tokens)
             encoded = self.backend(text, add_special_tokens=add_special_tokens, verbose=False)
         except (UnicodeError, TypeError) as error:
-            raise RequestError(
-                f"the prompt is not valid Unicode ({_first_line(error)}): replace lone surrogates, "
-                "e.g. text.encode('utf-8', 'replace').decode()"
-            ) from error
+            raise RequestError(f"the text {not_unicode(text) or f'cannot be encoded: {error}'}") from error
         return list(encoded["input_ids"])
 
     def decode(
@@ -230,8 +229,15 @@ class Tokenizer:
             template_arguments: passed on to the template.
 
         Raises:
+            ConfigError: an option that is set here already.
             RequestError: the model has no chat template, a message is malformed, or the template refuses it.
         """
+        for name in _FIXED:
+            if name in template_arguments:
+                raise ConfigError(
+                    f"{name}={template_arguments[name]!r} cannot be given to a chat, which sets {', '.join(_FIXED)} "
+                    f"itself: leave out {name}"
+                )
         _check_messages(messages)
         if chat_template is None and not self.backend.chat_template:
             raise RequestError(
@@ -269,7 +275,10 @@ def _special_ids(backend: Any) -> frozenset[int]:
 
 def _check_messages(messages: object) -> None:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise RequestError(f"messages must be a list, not {type(messages).__name__}: {_EXAMPLE}")
+        raise RequestError(
+            f"a conversation must be a list of messages, not {type(messages).__name__}: give "
+            "[{'role': 'user', 'content': 'Hello'}], for example, or a list of such lists for several conversations"
+        )
     if not messages:
         raise RequestError(f"messages is empty: give at least one; {_EXAMPLE}")
     for i, message in enumerate(messages):
@@ -289,6 +298,8 @@ def _check_messages(messages: object) -> None:
                     )
         elif not isinstance(content, str):
             raise RequestError(f"messages[{i}] has content={content!r}: give a text; {_EXAMPLE}")
+        elif why := not_unicode(content):
+            raise RequestError(f"the content of messages[{i}] {why}")
 
 
 def _first_line(error: BaseException) -> str:

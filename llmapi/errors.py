@@ -80,6 +80,22 @@ class EngineClosedError(LLMAPIError):
     """The LLM was closed; make a new one."""
 
 
+def not_unicode(text: str) -> str | None:
+    """Say that ``text`` is not valid Unicode, and what to do; None where it is.
+
+    >>> not_unicode("a\\ud800")[:52]
+    "is not valid Unicode ('\\\\ud800' at character 1): repl"
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"is not valid Unicode ({text[error.start]!r} at character {error.start}): replace lone surrogates, "
+            "e.g. text.encode('utf-8', 'replace').decode()"
+        )
+    return None
+
+
 def unknown_name(what: str, name: object, valid: Iterable[object]) -> str:
     """Say that ``name`` is not a valid ``what``, list the valid ones and guess what was meant.
 

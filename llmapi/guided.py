@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from llmapi.errors import ConfigError, unknown_name
+from llmapi.errors import ConfigError, not_unicode, unknown_name
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -66,6 +66,7 @@ class GuidedDecodingParams:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"guided_decoding: {name}={value!r}: give a text")
+            _check_unicode(name, value or "")
         if self.whitespace_pattern is not None and self.disable_any_whitespace:
             raise ConfigError("guided_decoding: whitespace_pattern and disable_any_whitespace exclude each other")
         kind = given[0]
@@ -115,7 +116,13 @@ def _choices(values: object) -> tuple[str, ...] | None:
     for value in values:
         if not isinstance(value, str) or not value:
             raise ConfigError(f"guided_decoding: choice holds {value!r}: give texts of at least one character")
+        _check_unicode("choice", value)
     return tuple(values)
+
+
+def _check_unicode(name: str, text: str) -> None:
+    if why := not_unicode(text):
+        raise ConfigError(f"guided_decoding: {name} {why}")
 
 
 def _schema(value: Any) -> str:
@@ -132,6 +139,8 @@ def _schema(value: Any) -> str:
             f"guided_decoding: json={value!r}: give a schema as a dict or as JSON, such as {{'type': 'object'}}"
         )
     try:
-        return _json.dumps(value)
+        text = _json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"guided_decoding: json cannot be written as JSON ({error}): give plain values") from error
+    _check_unicode("json", text)
+    return _json.dumps(value)

@@ -9,7 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, overload
 
 from llmapi._targets import parse_targets
-from llmapi.errors import ConfigError, RequestError, unknown_name
+from llmapi.errors import ConfigError, EngineClosedError, RequestError, unknown_name
 from llmapi.outputs import Perplexity, RequestOutput, Score
 from llmapi.sampling import SamplingParams
 
@@ -238,6 +238,7 @@ class LLM:
             as :meth:`generate`.
 
         Raises:
+            ConfigError: an option of the template that chat sets itself, such as ``tokenize``.
             RequestError: the model has no chat template, or a message is malformed.
         """
         from llmapi._runtime.inputs import conversations, pair_params
@@ -339,8 +340,8 @@ class LLM:
             prompts: one prompt or a list, in the forms of :meth:`generate`.
             continuations: a text or token ids, or a list of them: one for each prompt, several for one prompt, or one
                 for all prompts.
-            truncate: drop the oldest tokens of a prompt that is too long, instead of refusing it. ``max_seq_len`` and
-                one token fit.
+            truncate: drop the oldest tokens of a prompt that is too long, instead of refusing it. ``max_seq_len``
+                tokens and one more fit; fewer where the KV cache holds fewer.
             use_tqdm: draw a progress bar when there are several.
 
         Returns:
@@ -348,12 +349,14 @@ class LLM:
 
         Raises:
             RequestError: a pair cannot be scored; none is, then.
+            EngineClosedError: after :meth:`close`.
 
         Example:
             >>> [yes, no] = llm.score("Is the sky blue? Answer:", [" yes", " no"])  # doctest: +SKIP
         """
         from llmapi._runtime.scoring import Scorer
 
+        self._service.check_open()
         return Scorer(self._maker).score(prompts, continuations, truncate, self._service.probe, use_tqdm)
 
     def perplexity(
@@ -366,7 +369,8 @@ class LLM:
 
         Args:
             texts: one text (or token ids) or a list.
-            max_length: tokens that the model sees at once; None is ``max_seq_len``.
+            max_length: tokens that the model sees at once; None is ``max_seq_len``, or what the KV cache holds if that
+                is less.
             stride: tokens that each window after the first one scores, after as many tokens of context as fit. None is
                 ``max_length``: windows do not overlap (but the last one, which is filled up with context), as in
                 lm-evaluation-harness. Smaller ones are slower and give lower perplexities.
@@ -377,9 +381,11 @@ class LLM:
 
         Raises:
             RequestError: a text cannot be scored.
+            EngineClosedError: after :meth:`close`.
         """
         from llmapi._runtime.scoring import Scorer
 
+        self._service.check_open()
         return Scorer(self._maker).perplexity(texts, max_length, stride, self._service.probe, use_tqdm)
 
     def embed(
@@ -398,9 +404,11 @@ class LLM:
 
         Raises:
             RequestError: a text cannot be served.
+            EngineClosedError: after :meth:`close`.
         """
         from llmapi._runtime.embedding import embed
 
+        self._service.check_open()
         return embed(self._maker, texts, pooling, normalize, self._service.probe, use_tqdm)
 
     def encode(self, texts: Any, *, use_tqdm: bool = True) -> torch.Tensor | list[torch.Tensor]:
@@ -415,9 +423,11 @@ class LLM:
 
         Raises:
             RequestError: a text cannot be served.
+            EngineClosedError: after :meth:`close`.
         """
         from llmapi._runtime.embedding import encode
 
+        self._service.check_open()
         return encode(self._maker, texts, self._service.probe, use_tqdm)
 
     # ---- the rest
@@ -435,17 +445,24 @@ class LLM:
     def save(self, folder: str | PathLike[str]) -> None:
         """Write a self-contained engine; ``LLM(folder)`` starts from it with no hub, no source and no cache.
 
+        It copies what this LLM holds in the cache, and a closed one holds nothing there.
+
         Args:
             folder: a new or empty folder; it appears whole or not at all.
 
         Raises:
-            ConfigError: the folder exists and is not empty, cannot be made, or is no name of one.
+            ConfigError: the folder exists and is not empty, cannot be made, is no name of one, or its disk is full.
+            EngineClosedError: after :meth:`close`.
         """
         from llmapi._build.saved import save_engine
         from llmapi._runtime.options import full_path
 
         if not isinstance(folder, (str, PathLike)):
             raise ConfigError(f"folder={folder!r}: give the name of a new folder")
+        if self._service.closed:
+            raise EngineClosedError(
+                "this LLM was closed and holds its files no longer: save before close(), or make a new one"
+            )
         p = self._prepared
         if p.weights is None:
             raise ConfigError("this LLM has random weights that were made on the GPU: there is nothing to save")

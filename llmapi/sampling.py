@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmapi.errors import ConfigError, unknown_name
+from llmapi.errors import ConfigError, not_unicode, unknown_name
 from llmapi.guided import GuidedDecodingParams
 
 if TYPE_CHECKING:
@@ -291,6 +291,8 @@ class SamplingParams:
         for value in values:
             if not isinstance(value, str) or not value:
                 raise ConfigError(f"{name} holds {value!r}: every entry must be a text of at least one character")
+            if why := not_unicode(value):
+                raise ConfigError(f"{name} holds {value!r}, which {why}")
         return tuple(values)
 
     @staticmethod

@@ -244,7 +244,9 @@ def test_encode_refuses_what_is_no_text(tokenizer: Tokenizer, bad: Any) -> None:
 
 
 def test_encode_refuses_lone_surrogates(tokenizer: Tokenizer) -> None:
-    with pytest.raises(RequestError, match="surrogates"):
+    with pytest.raises(
+        RequestError, match=r"^the text is not valid Unicode \('\\ud800' at character 1\): replace lone"
+    ):
         tokenizer.encode("a\ud800b")
 
 
@@ -436,8 +438,8 @@ def test_chat_template(chatty: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hello", "a list, not str"),
-        ({"role": "user", "content": "a"}, "a list, not dict"),
+        ("hello", "a list of messages, not str"),
+        ({"role": "user", "content": "a"}, "a list of messages, not dict"),
         (None, "not NoneType"),
         ([], "empty"),
         (["hello"], r"messages\[0\] is 'hello'"),
@@ -447,6 +449,7 @@ def test_chat_template(chatty: Tokenizer) -> None:
         ([{"role": "user"}], "content=None"),
         ([{"role": "user", "content": 5}], "content=5"),
         ([{"role": "user", "content": ["x"]}], "content part 'x'"),
+        ([CHAT[0], {"role": "user", "content": "a\ud800"}], r"content of messages\[1\] is not valid Unicode"),
         ([{"role": "robot", "content": "x"}], "no robots"),
         ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "tiny refused"),
     ],

@@ -13,6 +13,8 @@ from typing import Any
 from llmapi._build.artifact_keys import graph_recipe_key
 from llmapi._build.graph import Graph
 from llmapi._build.names import CONSTANTS_FILE, GRAPH_FILE, WEIGHTS_FILE
+from llmapi._build.store.disk import free_bytes, size_text
+from llmapi._build.store.errors import is_disk_full
 from llmapi.config import EngineConfig, EngineOptions
 from llmapi.errors import CheckpointError, ConfigError
 from llmapi.models.spec import TransformerSpec
@@ -135,7 +137,7 @@ def save_engine(
         tokenizer: written beside them; None for none.
 
     Raises:
-        ConfigError: the folder exists and is not empty, or cannot be made.
+        ConfigError: the folder exists and is not empty, cannot be made, or its disk is full.
     """
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -171,9 +173,15 @@ def save_engine(
         (staging / MARKER).write_text(json.dumps(data, indent=1), encoding="utf-8")
         staging.chmod(0o755)
         os.replace(staging, folder) if not folder.exists() else _replace_empty(staging, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
+        if not is_disk_full(error):
+            raise
+        needed = size_text((weights / WEIGHTS_FILE).stat().st_size)
+        raise ConfigError(
+            f"{folder} cannot be written: its disk is full. The weights alone take {needed}, and "
+            f"{size_text(free_bytes(folder.parent))} are free: free some space, or give a folder on a larger disk"
+        ) from error
 
 
 def _replace_empty(staging: Path, folder: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,22 @@ def listed(prompts: Any, what: str = "prompts") -> tuple[list[Any], bool]:
     if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
         raise RequestError(f"{what} of type {type(prompts).__name__} are not known: give {_FORMS}, or a list of these")
     return list(prompts), False
+
+
+@contextlib.contextmanager
+def naming(index: int, **lists: bool) -> Iterator[None]:
+    """Say in errors of requests which entry of the user's lists they are about: ``texts[1]: the prompt is empty``.
+
+    Args:
+        index: of the entry.
+        lists: for each argument that holds such entries, whether it is a list; one that is not is not named.
+    """
+    try:
+        yield
+    except RequestError as error:
+        if places := [f"{name}[{index}]" for name, is_list in lists.items() if is_list]:
+            error.args = (f"{' and '.join(places)}: {error}",)
+        raise
 
 
 def conversations(messages: Any) -> tuple[list[Any], bool]:
@@ -203,15 +220,15 @@ class RequestMaker:
         Raises:
             RequestError: they are too many, or one is not in the vocabulary.
         """
-        self._check_ids(f"{what} token", ids)
+        self._check_ids("token", ids)
         if len(ids) > self.max_seq_len:
             raise PromptTooLongError(
-                f"{what}: {len(ids)} tokens are to be run, and max_seq_len={self.max_seq_len}: shorten it, or make the "
-                "LLM with a larger max_seq_len"
+                f"{len(ids)} tokens of {what} are to be run, and max_seq_len={self.max_seq_len}: shorten it, or make "
+                "the LLM with a larger max_seq_len"
             )
         if len(ids) > self.capacity_tokens:
             raise CapacityError(
-                f"{what}: {len(ids)} tokens can never fit the KV cache of {self.capacity_tokens} tokens: shorten it, "
+                f"{len(ids)} tokens of {what} can never fit the KV cache of {self.capacity_tokens} tokens: shorten it, "
                 "or give kv_cache_config more memory"
             )
         params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)

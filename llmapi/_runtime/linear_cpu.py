@@ -85,6 +85,8 @@ def make_linear(
         return lambda x: F.linear(x, weight, bias)
     if kernels is not None and weight.dtype == torch.float32:
         return NativeLinear(weight, bias, kernels)
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return lambda x: F.linear(x, weight, bias)  # oneDNN repacks it for AVX-512 and the like alone
     return PackedLinear(weight, bias)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from numbers import Real
 
-from llmapi.errors import LLMAPIError
+from llmapi.errors import ConfigError, LLMAPIError
 from llmapi.outputs import RequestOutput
 
 Abort = Callable[[], None]
@@ -107,10 +109,13 @@ class RequestFuture:
             timeout: seconds; None waits for ever.
 
         Raises:
+            ConfigError: ``timeout`` is neither a number nor None.
             TimeoutError: it is not there in time; the request goes on.
             LLMAPIError: the request failed.
         """
-        limit = None if timeout is None else time.monotonic() + timeout
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, Real) or timeout != timeout):
+            raise ConfigError(f"timeout={timeout!r}: give a number of seconds, or None to wait for ever")
+        limit = None if timeout is None else time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
         while self._final is None:
             try:
                 left = None if limit is None else max(0.0, limit - time.monotonic())

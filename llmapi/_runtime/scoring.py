@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llmapi._runtime.inputs import RequestMaker, listed
+from llmapi._runtime.inputs import RequestMaker, listed, naming
 from llmapi._runtime.probe import ScoreProbe
 from llmapi._runtime.request import Request
-from llmapi.errors import ConfigError, PromptTooLongError, RequestError
+from llmapi.errors import CapacityError, ConfigError, PromptTooLongError, RequestError
 from llmapi.outputs import Perplexity, Score
 
 Run = Callable[[list[Request], bool], None]
@@ -38,7 +38,10 @@ class Scorer:
             )
         count = len(after) if one else len(before)
         pairs = zip(before * count if one else before, after * count if alone else after, strict=True)
-        jobs = [self._job(*self._pair(prompt, continuation), truncate) for prompt, continuation in pairs]
+        jobs: list[tuple[Request, list[int]]] = []
+        for index, (prompt, continuation) in enumerate(pairs):
+            with naming(index, prompts=not one, continuations=not alone):
+                jobs.append(self._job(*self._pair(prompt, continuation), truncate))
         run([request for request, _ in jobs], bar)
         scores = [_score(request, targets) for request, targets in jobs]
         return scores[0] if one and alone else scores
@@ -54,8 +57,11 @@ class Scorer:
         prefix = self._prefix() if items else 0
         jobs: list[tuple[Request, list[int]]] = []
         ends = []
-        for item in items:
-            for window, targets in windows(self._text(item), prefix, length, step):
+        for index, item in enumerate(items):
+            with naming(index, texts=not single):
+                ids = self._text(item)
+                self._maker.check(ids, "token")
+            for window, targets in windows(ids, prefix, length, step):
                 probe = ScoreProbe(len(window) - len(targets), targets)
                 jobs.append((self._maker.probing(window, probe, "a window of a text"), targets))
             ends.append(len(jobs))
@@ -70,19 +76,26 @@ class Scorer:
 
     def _job(self, context: list[int], targets: list[int], truncate: bool) -> tuple[Request, list[int]]:
         """A request that computes all but the last token, and asks for the rows that predict ``targets``."""
-        most = min(self._maker.max_seq_len, self._maker.capacity_tokens) + 1
+        most = min(self._maker.max_seq_len, self._maker.capacity_tokens) + 1  # the last token is not run
         ids = [*context, *targets]
         if len(ids) > most:
             if not truncate or len(targets) >= most:
-                raise PromptTooLongError(
-                    f"{len(context)} tokens of the prompt and {len(targets)} of the continuation are more than the "
-                    f"{most} that fit: shorten them, give truncate=True to drop the prompt's oldest, or make the LLM "
-                    "with a larger max_seq_len"
-                )
+                raise self._too_long(len(context), len(targets), most)
             ids = ids[-most:]
+        self._maker.check(context, "prompt token")
         self._maker.check(targets, "continuation token")
         probe = ScoreProbe(len(ids) - 1 - len(targets), targets)
         return self._maker.probing(ids[:-1], probe, "a prompt and its continuation"), targets
+
+    def _too_long(self, context: int, targets: int, most: int) -> RequestError:
+        limit, capacity = self._maker.max_seq_len, self._maker.capacity_tokens
+        remedy = "shorten the continuation" if targets >= most else "give truncate=True to drop the prompt's oldest"
+        many = f"{context} tokens of the prompt and {targets} of the continuation are more than the {most} that fit"
+        if capacity < limit:
+            return CapacityError(
+                f"{many} a KV cache of {capacity} tokens: {remedy}, or give kv_cache_config more memory"
+            )
+        return PromptTooLongError(f"{many} max_seq_len={limit}: {remedy}, or make the LLM with a larger max_seq_len")
 
     def _pair(self, prompt: Any, continuation: Any) -> tuple[list[int], list[int]]:
         """Token ids of a prompt, at least one, and of its continuation."""

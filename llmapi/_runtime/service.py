@@ -85,7 +85,7 @@ class Service:
         """
         if not isinstance(bar, bool):
             raise ConfigError(f"use_tqdm={bar!r}: give True or False")
-        self.loop.submit([])  # a closed loop says so before anything is said of a request
+        self.check_open()
 
         def submit(requests: list[Request], listener: Listener) -> None:
             self._submit(requests, listener, streaming=False)
@@ -121,7 +121,7 @@ class Service:
         Raises:
             RequestError: the prompt cannot be served.
         """
-        self.loop.submit([])
+        self.check_open()
         request = self.maker.make(prompt, params)
         stream = OutputStream(lambda: self.loop.abort(request.id))
         self._submit([request], stream.listen, streaming=True)
@@ -134,7 +134,7 @@ class Service:
             prompt: in any of its forms.
             params: how to decode.
         """
-        self.loop.submit([])
+        self.check_open()
         try:
             request = self.maker.make(prompt, params)
         except LLMAPIError as error:
@@ -150,6 +150,14 @@ class Service:
     def closed(self) -> bool:
         """Whether it was closed."""
         return not self._closer.alive
+
+    def check_open(self) -> None:
+        """Refuse whatever is asked of a closed service, before anything is said of the request itself.
+
+        Raises:
+            EngineClosedError: after :meth:`close`, or in a forked process.
+        """
+        self.loop.submit([])
 
     def close(self) -> None:
         """Abort what runs and give back all memory. Closing twice is closing once."""

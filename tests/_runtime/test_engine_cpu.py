@@ -16,7 +16,7 @@ from llmapi._kernels.native import NativeKernels
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.engine import num_kv_blocks
 from llmapi._runtime.engine_cpu import CpuEngine, available_memory
-from llmapi._runtime.linear_cpu import NativeLinear, PackedLinear, can_pack
+from llmapi._runtime.linear_cpu import NativeLinear, PackedLinear, can_pack, make_linear
 from llmapi.config import EngineConfig, EngineOptions, KvCacheConfig, resolve
 from llmapi.errors import BuildError, ConfigError, EngineClosedError
 from llmapi.models.family import spec_of
@@ -108,6 +108,14 @@ def test_packed_linears_are_linears(bias: bool) -> None:
         assert torch.allclose(linear(x[:rows]).double(), expected[:rows], atol=1e-5)
         if rows > 2:
             assert torch.equal(linear(x[:rows]), whole[:rows])
+
+
+def test_bfloat16_linears_need_no_support_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    weight, x = torch.randn(32, 64).bfloat16(), torch.randn(8, 64).bfloat16()
+    linear = make_linear(weight, None, None, pack=True)
+    assert not isinstance(linear, PackedLinear)
+    assert torch.allclose(linear(x).double(), x.double() @ weight.double().t(), atol=0.2)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

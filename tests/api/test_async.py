@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmapi import LLM, EngineClosedError, LLMAPIError, RequestError, SamplingParams
+from llmapi import LLM, ConfigError, EngineClosedError, LLMAPIError, RequestError, SamplingParams
 from tests.api.truth import Gate, Truth, idle, prompts_of, until
 
 
@@ -152,6 +153,14 @@ def test_a_future_made_in_one_loop_is_awaited_in_another(llm: LLM) -> None:
 
     future = run(make())
     assert run(wait(future)).text == llm.generate("hello", greedy(8)).text
+
+
+@pytest.mark.parametrize("wrong", ["x", "5", b"", [1], True, float("nan")])
+def test_a_timeout_that_is_no_number(llm: LLM, wrong: Any) -> None:
+    future = llm.generate_async("hello", greedy(3))
+    with pytest.raises(ConfigError, match=rf"^timeout={re.escape(repr(wrong))}: give a number of seconds, or None"):
+        future.result(wrong)
+    assert future.result(10**400).finished and future.result(float("inf")).finished  # for ever
 
 
 def test_result_gives_up_and_the_request_goes_on(llm: LLM, truth: Truth) -> None:

@@ -324,14 +324,14 @@ def test_prompts_that_cannot_be(llm: LLM) -> None:
 def test_chats_that_cannot_be(llm: LLM) -> None:
     cases: list[tuple[Any, str]] = [
         ([], "messages is empty"),
-        (None, "messages must be a list, not NoneType"),
-        ("hello", "messages must be a list, not str"),
-        (5, "messages must be a list, not int"),
-        ({"role": "user", "content": "x"}, "messages must be a list, not dict"),
+        (None, "a conversation must be a list of messages, not NoneType"),
+        ("hello", "a conversation must be a list of messages, not str"),
+        (5, "a conversation must be a list of messages, not int"),
+        ({"role": "user", "content": "x"}, "a conversation must be a list of messages, not dict"),
         ([{"content": "x"}], r"messages\[0\] has role=None"),
         ([{"role": "user"}], r"messages\[0\] has content=None"),
         ([{"role": "user", "content": "x"}, "y"], r"messages\[1\] is 'y', not a dict"),
-        (["x"], "messages must be a list, not str"),
+        (["x"], r"a conversation must be a list of messages, not str: give \[{'role': 'user', 'content': 'Hello'}\], "),
         ([[]], "messages is empty"),
     ]
     for messages, wanted in cases:
@@ -340,6 +340,12 @@ def test_chats_that_cannot_be(llm: LLM) -> None:
     with pytest.raises(RequestError, match="refused the messages"):
         llm.chat([{"role": "user", "content": "x"}], chat_template="{{ raise_exception('no') }}")
     good = [{"role": "user", "content": "x"}]
+    for name in ("conversation", "tokenize", "return_dict", "return_tensors"):
+        for talks in (good, [good, good]):
+            with pytest.raises(
+                ConfigError, match=rf"^{name}=False cannot be .*tokenize, return_dict.*: leave out {name}$"
+            ):
+                llm.chat(talks, **{name: False})  # type: ignore[arg-type]
     outputs = llm.chat([good, [], good], greedy(2))
     assert [o.error is None for o in outputs] == [True, False, True]
 

@@ -92,8 +92,17 @@ def test_what_cannot_be_embedded(llm: LLM) -> None:
         llm.embed("a", "men")
     with pytest.raises(ConfigError, match="normalize=1: give True or False"):
         llm.embed("a", normalize=1)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="empty"):
-        llm.embed(["a", ""])
-    with pytest.raises(PromptTooLongError, match="513 tokens are to be run, and max_seq_len=512"):
+    for call in (llm.embed, llm.encode):
+        with pytest.raises(RequestError, match=r"^texts\[1\]: the prompt is empty"):
+            call(["a", ""])
+        with pytest.raises(RequestError, match=r"^the prompt is empty"):
+            call("")
+        with pytest.raises(PromptTooLongError, match=r"^texts\[2\]: 513 tokens of a text are to be run"):
+            call(["a", "b", [5] * 513])
+        with pytest.raises(RequestError, match=r"^texts\[0\]: token 300 is not in the model's vocabulary"):
+            call([[300]])
+    with pytest.raises(
+        PromptTooLongError, match=r"^texts\[0\]: 513 tokens of a text are to be run, and max_seq_len=512"
+    ):
         llm.encode(prompts_of([513], seed=6))
     until(lambda: idle(llm))

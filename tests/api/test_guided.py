@@ -312,6 +312,12 @@ def test_what_is_wrong_with_a_grammar(llm: LLM, kinds: dict[str, Any], message: 
         ({"json_object": True, "disable_any_whitespace": True, "whitespace_pattern": " "}, "exclude each other"),
         ({"structural_tag": "x"}, "unknown GuidedDecodingParams argument 'structural_tag'"),
         ({"regx": "x"}, "did you mean 'regex'"),
+        ({"choice": ["a", "\ud800"]}, "^guided_decoding: choice is not valid Unicode"),
+        ({"regex": "\ud800"}, "^guided_decoding: regex is not valid Unicode"),
+        ({"grammar": 'root ::= "\ud800"'}, "^guided_decoding: grammar is not valid Unicode"),
+        ({"json": {"const": "\ud800"}}, "^guided_decoding: json is not valid Unicode"),
+        ({"json": '{"const": "\\ud800"}'}, "^guided_decoding: json is not valid Unicode"),
+        ({"json_object": True, "whitespace_pattern": "\ud800"}, "^guided_decoding: whitespace_pattern is not valid"),
     ],
 )
 def test_what_cannot_be_a_grammar(kinds: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmapi import LLM, CheckpointError, ConfigError, SamplingParams
+from llmapi import LLM, CheckpointError, ConfigError, EngineClosedError, SamplingParams
 from llmapi._build.store import Store
 from tests.api.truth import Truth, forced, prompts_of
 from tests.tiny import tiny_checkpoint
@@ -117,6 +118,14 @@ def test_where_it_may_be_saved(llm: LLM, tmp_path: Path, truth: Truth) -> None:
             llm.save(wrong)  # type: ignore[arg-type]
 
 
+def test_a_closed_llm_is_not_saved(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    with LLM(checkpoint, cache_dir=cache) as llm:
+        pass
+    with pytest.raises(EngineClosedError, match=r"this LLM was closed.*: save before close\(\), or make a new one"):
+        llm.save(tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_save_that_fails_leaves_nothing(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise OSError("disk full")
@@ -127,6 +136,17 @@ def test_a_save_that_fails_leaves_nothing(llm: LLM, tmp_path: Path, monkeypatch:
             llm.save(tmp_path / "engine")
     assert list(tmp_path.iterdir()) == []
     llm.save(tmp_path / "engine")
+
+
+def test_a_save_to_a_full_disk_says_so(llm: LLM, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # as a quota does
+    try:
+        with pytest.raises(ConfigError, match=r"engine cannot be written: its disk is full.*weights alone take .*kB"):
+            llm.save(tmp_path / "engine")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def files_of(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmapi import LLM, ConfigError, Perplexity, PromptTooLongError, RequestError, SamplingParams, Score
+from llmapi import LLM, CapacityError, ConfigError, Perplexity, PromptTooLongError, RequestError, SamplingParams, Score
 from llmapi._runtime.scoring import windows
 from tests.api.truth import Truth, idle, prompts_of, until
 from tests.tiny import VOCAB
@@ -115,7 +115,9 @@ def test_the_longest_pair_and_one_more(llm: LLM, truth: Truth) -> None:
     [ids] = prompts_of([most + 1], seed=6)
     score = llm.score(ids[: most - 5], ids[most - 5 : most])
     assert isinstance(score, Score) and len(score.logprobs) == 5
-    with pytest.raises(PromptTooLongError, match=rf"more than the {most} that fit"):
+    with pytest.raises(
+        PromptTooLongError, match=rf"more than the {most} that fit max_seq_len={most - 1}: give truncate=True"
+    ):
         llm.score(ids[:-5], ids[-5:])
     cut = llm.score(ids[:-5], ids[-5:], truncate=True)
     same = llm.score(ids[1:-5], ids[-5:])
@@ -125,13 +127,30 @@ def test_the_longest_pair_and_one_more(llm: LLM, truth: Truth) -> None:
         llm.score([5], ids, truncate=True)
 
 
+def test_a_pair_that_is_longer_than_the_cache(checkpoint: Path, cache: Path) -> None:
+    with LLM(checkpoint, cache_dir=cache, kv_cache_config={"max_tokens": 64, "block_size": 8}) as llm:
+        for continuation, truncate, remedy in (
+            ([6] * 3, False, "give truncate=True to drop the prompt's oldest"),
+            ([6] * 65, True, "shorten the continuation"),
+        ):
+            with pytest.raises(
+                CapacityError, match=f"than the 65 that fit a KV cache of 64 tokens: {remedy}, or give kv_cache_config"
+            ):
+                llm.score([5] * 80, continuation, truncate=truncate)
+        assert isinstance(llm.score([5] * 80, [6] * 64, truncate=True), Score)
+
+
 @pytest.mark.parametrize(
     ("prompts", "continuations", "message"),
     [
         (["a", "b"], ["c"], "1 continuations for 2 prompts"),
-        ("a", "", "the continuation is empty"),
-        ([5, 6], [VOCAB], f"continuation token {VOCAB} is not in the model's vocabulary"),
-        ([VOCAB], [5], f"token {VOCAB} is not in the model's vocabulary"),
+        ("a", "", "^the continuation is empty"),
+        ([5, 6], [VOCAB], f"^continuation token {VOCAB} is not in the model's vocabulary"),
+        ([VOCAB], [5], f"^prompt token {VOCAB} is not in the model's vocabulary"),
+        (["a", "b"], ["c", ""], r"^prompts\[1\] and continuations\[1\]: the continuation is empty"),
+        ("a", ["c", ""], r"^continuations\[1\]: the continuation is empty"),
+        (["a", "b", None], "c", r"^prompts\[2\]: a prompt of type NoneType is not known"),
+        ([5], "\ud800", "^the text is not valid Unicode"),
         (7, "a", "of type int"),
     ],
 )
@@ -210,8 +229,12 @@ def test_perplexity_of_texts(llm: LLM) -> None:
     for options in ({"max_length": 0}, {"max_length": 10**6}, {"stride": 0}, {"max_length": 8, "stride": 9}):
         with pytest.raises(ConfigError, match="give a whole number from 1 to"):
             llm.perplexity("a", **options)
-    with pytest.raises(RequestError, match="empty"):
+    with pytest.raises(RequestError, match=r"^the prompt is empty"):
         llm.perplexity("")
+    with pytest.raises(RequestError, match=r"^texts\[1\]: the prompt is empty"):
+        llm.perplexity(["a", ""])
+    with pytest.raises(RequestError, match=rf"^texts\[1\]: token {VOCAB} is not in the model's vocabulary"):
+        llm.perplexity([[7], [7, VOCAB]])  # the last token is asked about and never run
 
 
 def test_without_a_tokenizer(checkpoint: Path, cache: Path, truth: Truth) -> None:

@@ -25,6 +25,11 @@ def test_switches_of_sampling_are_true_or_false(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: SamplingParams(bad_words=["x", "y\ud800"]),
+            r"^bad_words holds 'y\\ud800', which is not valid Unicode \('\\ud800' at character 1\): replace",
+        ),
+        (lambda: SamplingParams(stop="\ud800"), r"^stop holds '\\ud800', which is not valid Unicode"),
         (lambda: SamplingParams(stop=b"x"), "stop=b'x': give a list of texts"),  # type: ignore[arg-type]
         (lambda: KvCacheConfig(max_token=5), "did you mean 'max_tokens'"),  # type: ignore[call-arg]
         (lambda: KvCacheConfig(5), "keyword arguments only"),  # type: ignore[misc]
@@ -95,6 +100,8 @@ def test_messages_name_the_argument_that_is_wrong(llm: LLM) -> None:
 def test_a_closed_llm_says_so_before_it_judges_a_request(checkpoint: Path, cache: Path) -> None:
     llm = LLM(checkpoint, cache_dir=cache)
     llm.close()
-    for call in (llm.generate, llm.generate_async, llm.stream, lambda p: llm.generate([p, p])):
+    calls: list[Callable[[str], Any]] = [llm.generate, llm.generate_async, llm.stream, lambda p: llm.generate([p, p])]
+    calls += [llm.embed, llm.encode, llm.perplexity, lambda p: llm.score(p, p)]
+    for call in calls:
         with pytest.raises(EngineClosedError, match="this LLM was closed"):
             call("")

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from llmapi._build.store import Store
+from tests.api.truth import until
 from tests.cli.helpers import Cli, refused
 
 VERBS = ["generate", "chat", "build", "cache", "bench", "doctor"]
@@ -63,6 +65,33 @@ def test_ctrl_c(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmapi.llm.LLM.__init__", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     result = cli("generate", "model", "prompt")
     assert (result.code, result.out, result.err) == (130, "", "\n")
+
+
+def test_ctrl_c_in_the_middle_of_a_build_and_of_a_text(model: str, tmp_path: Path) -> None:
+    """Two processes at once: one builds and is interrupted, the other waits for it, builds, answers, and is, too."""
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-m", "llmapi", "generate", model, "hello", "--stream", "--max-tokens", "480"]
+    environment = {**os.environ, "LLMAPI_CACHE_DIR": str(cache)}
+
+    def start() -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*command, "--ignore-eos"], stdout=pipe, stderr=pipe, env=environment, bufsize=0)
+
+    def interrupted(process: subprocess.Popen[bytes]) -> bytes:
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode in (130, -signal.SIGINT), err) == (True, b"\n")  # the same to a shell
+        return out
+
+    first = start()
+    until(lambda: first.poll() is not None or any(cache.glob("v1/locks/*")), 60)
+    second = start()
+    assert interrupted(first) == b""
+    assert second.stdout is not None and second.stdout.read(1)
+    interrupted(second)
+    store = Store(cache)
+    assert {e.kind for e in store.entries()} >= {"tokenizer", "weights", "graph", "engine"} and store.verify() == []
+    assert not [p for name in ("staging", "locks", "quarantine") for p in cache.glob(f"v1/{name}/*")]
 
 
 def test_a_bug_is_one_line_unless_debug(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
