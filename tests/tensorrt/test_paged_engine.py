@@ -25,6 +25,7 @@ from llmapi._kernels.plugins.pools import POOL_GUARD
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.device_tensorrt import TensorRTDevice
 from llmapi._runtime.padded_step import ALIGNMENT, PaddedStep, empty_step
+from llmapi._runtime.plan_rows import PlanRows
 from llmapi._runtime.tensorrt_plan import gpu_problem, read_plan, refuse_ahead
 from llmapi.config import EngineOptions, KvCacheConfig, resolve
 from tests._runtime.test_engine_cpu import SPEC
@@ -409,6 +410,21 @@ def test_weights_come_to_addresses_that_tensorrt_takes(tmp_path: Path) -> None:
     moved = _aligned(whole[3:40], 64)
     assert moved.data_ptr() % 64 == 0 and moved.tolist() == whole[3:40].tolist()
     assert _aligned(whole, 64).data_ptr() == whole.data_ptr() or whole.data_ptr() % 64
+
+
+def test_rows_of_a_plan() -> None:
+    """Parts lie in the same memory; what is put goes to its places; logits are those of the places asked for."""
+    config = resolve(EngineOptions(backend="cpu"), SPEC)
+    rows, more = (PlanRows.empty(count, SPEC, config, torch.device("cpu")) for count in (5, 2))
+    for part, own in enumerate((rows, more)):
+        for tensor in own.by_name.values():
+            tensor.copy_(torch.arange(len(tensor))[:, None] + 10 * part)
+    assert [x.shape[1] for x in rows.by_name.values()] == [SPEC.vocab_size, SPEC.hidden_size]
+    rows.put([3, 1], more)
+    states, logits = rows.first(4).projected([3, 2])
+    assert states[:, 0].tolist() == [0, 11, 2, 10] and logits[:, 0].tolist() == [10, 2]
+    assert states.data_ptr() == rows.hidden_states.data_ptr()
+    assert rows.projected([])[1].shape == (0, SPEC.vocab_size)
 
 
 def test_steps_on_contexts_that_echo(monkeypatch: pytest.MonkeyPatch) -> None:

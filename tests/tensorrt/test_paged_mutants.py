@@ -12,7 +12,7 @@ import torch
 
 from llmapi import LLM, SamplingParams
 from llmapi._build.tensorrt import buckets
-from llmapi._runtime import engine_tensorrt_paged, load_tensorrt, padded_step
+from llmapi._runtime import engine_tensorrt_paged, load_tensorrt, padded_step, plan_rows
 from llmapi.errors import LLMAPIError
 from tests.api.truth import Truth, prompts_of
 from tests.tensorrt.fake_paged_runtime import World
@@ -23,6 +23,7 @@ from tests.tiny import tiny_checkpoint
 
 torch.set_num_threads(1)
 
+Expected = tuple[list[torch.Tensor], list[torch.Tensor], list[list[int]]]
 PROMPTS = prompts_of([70, 5, 33, 2, 9], seed=12)
 FORKED = SamplingParams(n=3, temperature=1.0, seed=3, max_tokens=8, ignore_eos=True, detokenize=False)
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, return_logits="both")
@@ -46,21 +47,25 @@ def world(offline_and_quiet: None) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, cache: Path, world: World) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Logits of transformers, and the forks of the CPU."""
+def expected(model: Path, cache: Path, world: World) -> Expected:
+    """Logits and hidden states of transformers, and the forks of the CPU."""
     truth = Truth(model)
     logits = [truth.logits(p + truth.greedy(p, 8)) for p in PROMPTS]
     with LLM(model, cache_dir=cache, backend="cpu") as llm:
-        return logits, [o.token_ids for o in llm.generate(PROMPTS[0], FORKED).outputs]
+        forks = [o.token_ids for o in llm.generate(PROMPTS[0], FORKED).outputs]
+    return logits, [truth.states(p) for p in PROMPTS[:3]], forks
 
 
-def problem(model: Path, cache: Path, expected: tuple[list[torch.Tensor], list[list[int]]]) -> str | None:
+def problem(model: Path, cache: Path, expected: Expected) -> str | None:
     """What is wrong with what an LLM gives; None where nothing is."""
-    logits, forks = expected
+    logits, states, forks = expected
     try:
         with make(model, cache) as llm:
             outputs = llm.generate([*PROMPTS[:4], PROMPTS[0]], [GREEDY] * 4 + [FORKED])
             outputs.insert(4, llm.generate(PROMPTS[4], LAST))  # alone: its tokens are one more than a bucket has
+            beside = [llm.generate_async(p, LAST) for p in PROMPTS[:2]]
+            encoded = llm.encode(PROMPTS[:3])
+            outputs += [future.result(60) for future in beside]
     except (
         LLMAPIError,
         AssertionError,
@@ -68,7 +73,11 @@ def problem(model: Path, cache: Path, expected: tuple[list[torch.Tensor], list[l
         RuntimeError,
     ) as error:  # where it is loaded, or all of them failed
         return f"{type(error).__name__}: {error}"
-    for prompt, exact, output in zip(PROMPTS, logits, outputs, strict=False):
+    for prompt, exact, own in zip(PROMPTS, states, encoded, strict=False):
+        if not torch.allclose(own, exact, atol=1e-3, rtol=1e-3):
+            return f"the hidden states of a prompt of {len(prompt)} are off"
+    told = [*zip(PROMPTS, logits, outputs, strict=False), *zip(PROMPTS, logits, outputs[6:], strict=False)]
+    for prompt, exact, output in told:
         if output.error is not None:
             return str(output.error)
         found = output.outputs[0].logits
@@ -112,7 +121,7 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
     ),
     "a bucket of too few tokens": (buckets, "if tokens <= bucket.tokens and", "if tokens <= bucket.tokens + 1 and"),
     "a bucket of too few rows": (buckets, " and rows <= bucket.rows:", ":"),
-    "no copy of a shared block": (engine_tensorrt_paged, "            if batch.copies:", "            if False:"),
+    "no copy of a shared block": (engine_tensorrt_paged, "        if batch.copies:", "        if False:"),
     "a copy in the other direction": (
         engine_tensorrt_paged, "cache[target] = cache[source]", "cache[source] = cache[target]",
     ),
@@ -121,10 +130,10 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
     ),
     "a copy after the step": (
         engine_tensorrt_paged,
-        "            if batch.copies:\n                self._copy_blocks(batch.copies)\n"
-        "            self._bring(index, batch, sampled)\n            self._run(index, stream)\n",
-        "            self._bring(index, batch, sampled)\n            self._run(index, stream)\n"
-        "            if batch.copies:\n                self._copy_blocks(batch.copies)\n",
+        "        if batch.copies:\n            self._copy_blocks(batch.copies)\n"
+        "        self._bring(index, batch, sampled)\n        self._run(index, stream)\n",
+        "        self._bring(index, batch, sampled)\n        self._run(index, stream)\n"
+        "        if batch.copies:\n            self._copy_blocks(batch.copies)\n",
     ),
     "part of a step is not brought over": (
         engine_tensorrt_paged, "self._ints[: step.size].copy_(self._host[: step.size], non_blocking=True)",
@@ -140,7 +149,8 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
         engine_tensorrt_paged, "                self._graphs[index] = self._gpu.capture(lambda handle: "
         "self._enqueue(index, handle))", "                self._graphs[index] = lambda: None",
     ),
-    "other rows of the output": (engine_tensorrt_paged, "return self._out[:rows]", "return self._out[1 : rows + 1]"),
+    "other rows of the output": (plan_rows, "self.logits[:count]", "self.logits[1 : count + 1]"),
+    "states that are not the rows'": (plan_rows, "self.hidden_states[:count]", "self.hidden_states[1 : count + 1]"),
     "caches without a guard": (engine_tensorrt_paged, "        self._pools.copy_(", "        str("),
 }  # fmt: skip
 
@@ -155,6 +165,8 @@ def test_mistakes_are_noticed(
         made: Any = mutant(module, old, new, monkeypatch)
         if module is padded_step:
             monkeypatch.setattr(engine_tensorrt_paged, "PaddedStep", made.PaddedStep)
+        elif module is plan_rows:
+            monkeypatch.setattr(engine_tensorrt_paged, "PlanRows", made.PlanRows)
         elif module is buckets:
             monkeypatch.setattr(engine_tensorrt_paged, "choose", made.choose)
         else:
