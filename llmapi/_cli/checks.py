@@ -175,7 +175,7 @@ def _tensorrt() -> Check:
         return Check("tensorrt", False, str(error))
     builds = f"builds plans with {package.name} {package.version}"
     if problem is None:
-        return Check("tensorrt", True, f"{builds}, and runs them")
+        return Check("tensorrt", True, f"{builds}, and should run them here: none was ever executed on a GPU")
     return Check("tensorrt", False, f"{builds}, and runs none: {problem}", _LATER)
 
 

@@ -21,7 +21,7 @@ from llmapi._runtime.no_choice import failed, no_choice
 from llmapi._runtime.request import Request, Sequence
 from llmapi.errors import RequestError
 
-_EXCLUDED = -4  # beside a kernel's reasons: the logits are in order, and edits left none of them
+_EXCLUDED = 0  # beside a kernel's reasons: edits left no token
 
 
 @dataclass(slots=True)

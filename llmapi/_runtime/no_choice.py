@@ -12,12 +12,12 @@ from llmapi.errors import RequestError
 def no_choice(raw: Tensor, edited: Tensor, sequence: Sequence) -> RequestError:
     """Say why no token can be chosen from a row."""
     where = f"request {sequence.request.id}, output token {sequence.num_output}"
-    bad = int(raw.isnan().sum())
-    if bad:
-        return RequestError(
-            f"{where}: {bad} of the model's {raw.numel()} logits are NaN. Try dtype='float32' or another quantization, "
-            "and check the checkpoint"
-        )
+    for broken, name in ((raw.isnan(), "NaN"), (raw == torch.inf, "+inf")):
+        if bad := int(broken.sum()):
+            return RequestError(
+                f"{where}: {bad} of the model's {raw.numel()} logits are {name}. Try dtype='float32' or another "
+                "quantization, and check the checkpoint"
+            )
     if bool((raw == -torch.inf).all()):
         return RequestError(f"{where}: all {raw.numel()} logits of the model are -inf. Check the checkpoint")
     bad = int(edited.isnan().sum())
@@ -35,7 +35,8 @@ def failed(reason: int, vocab: int, sequence: Sequence) -> RequestError:
     """:func:`no_choice` by what a kernel says of the row.
 
     Args:
-        reason: how many logits are NaN; -1: all are -inf; else below 0.
+        reason: how many logits are NaN; -1: all are -inf; -2: one is +inf; any other: they are in order, and edits
+            left none of them.
         vocab: width of the logits.
         sequence: as of :func:`no_choice`.
     """
@@ -44,4 +45,6 @@ def failed(reason: int, vocab: int, sequence: Sequence) -> RequestError:
         raw[:reason] = torch.nan
     elif reason == -1:
         raw[:] = -torch.inf
+    elif reason == -2:
+        raw[0] = torch.inf
     return no_choice(raw, edited, sequence)

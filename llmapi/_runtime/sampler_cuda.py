@@ -24,7 +24,7 @@ from llmapi._runtime.draw import _COLDEST
 from llmapi._runtime.guide import fill, words
 from llmapi._runtime.logit_edits import _completing, _held_back
 from llmapi._runtime.logprobs import _ranked
-from llmapi._runtime.no_choice import no_choice
+from llmapi._runtime.no_choice import failed
 from llmapi._runtime.params_memo import ParamsMemo
 from llmapi._runtime.request import Sequence
 from llmapi._runtime.sampler import Sampled, Sampler, SampleRow, SamplerTokenizer
@@ -347,14 +347,9 @@ class PendingTokens:
 
     def _error(self, sequence: Sequence, position: int, reason: int) -> RequestError:
         """The error of :class:`Sampler` for a row like this one."""
-        raw, edited = torch.zeros(2, self._sampler._vocab)
-        if reason > 0:
-            raw[:reason] = torch.nan
-        elif reason < 0:
-            raw[:] = -torch.inf
         start = sequence.num_prompt
         then = Sequence(sequence.request, sequence.index, [*sequence.token_ids[:start], *[0] * position], start)
-        return no_choice(raw, edited, then)
+        return failed(reason, self._sampler._vocab, then)
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -163,6 +163,10 @@ def test_what_has_no_choice_says_why() -> None:
     [found] = pending.result()
     assert found.scores[0] != found.scores[0]
     assert "1 of the model's 8 logits are NaN" in str(pending.no_choice(0))
+    logits[1, 3] = torch.inf
+    pending = Candidates(8, LogitEdits(8)).start(logits, [BeamAsk(search(2), [0.0, 0.0], 0, 4)])
+    assert pending.result()[0].scores[0] != pending.result()[0].scores[0]
+    assert "1 of the model's 8 logits are +inf" in str(pending.no_choice(0))
     ask = BeamAsk(search(1, logits_processors=[lambda output, x: x - torch.inf]), [0.0], 0, 2)
     pending = Candidates(8, LogitEdits(8)).start(torch.zeros(1, 8), [ask])
     assert pending.result()[0].scores[0] == -torch.inf
