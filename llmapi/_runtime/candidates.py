@@ -359,6 +359,6 @@ class PendingCandidates:
             return failed(self._reasons.get(ask, _EXCLUDED), self.logits.shape[1], self.asks[ask].sequences[0])
         raw = self.rows_of(ask)
         edited = self.edited.get(ask, raw)
-        bad = (raw.isnan().any(1) | edited.isnan().any(1)).nonzero()
+        bad = (raw.isnan() | (raw == torch.inf) | edited.isnan()).any(1).nonzero()
         row = int(bad[0, 0]) if len(bad) else 0
         return no_choice(raw[row], edited[row], self.asks[ask].sequences[row])
