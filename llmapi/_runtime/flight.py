@@ -55,6 +55,7 @@ class Flight:
         probed: jobs whose probe took its last row.
         turns: searches that take part.
         candidates: what they wait for; None where there are none.
+        step: its number.
         moved: searches whose beams this step moved on the device, as the step before chose there.
         dropped: of these, the ones that the host then moved otherwise: the step computed nothing for them.
     """
@@ -65,6 +66,7 @@ class Flight:
     probed: list[Job] = field(default_factory=list)
     turns: list[BeamTurn] = field(default_factory=list)
     candidates: PendingCandidates | None = None
+    step: int = 0
     moved: set[Request] = field(default_factory=set)
     dropped: set[Request] = field(default_factory=set)
     _reserved: list[bool] = field(default_factory=list)

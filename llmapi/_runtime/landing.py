@@ -34,18 +34,17 @@ class Landing:
         self._scheduler = scheduler
         self.jobs: dict[Request, Job] = {}
 
-    def land(self, flight: Flight, following: Flight | None, step: int) -> None:
+    def land(self, flight: Flight, following: Flight | None) -> None:
         """Wait for a step's tokens and commit them.
 
         Args:
             flight: the step.
             following: the step that was launched after it, if one was.
-            step: how many were launched so far.
         """
         for job in flight.probed:
             self._end_probe(job)
         if flight.candidates is not None:
-            self._land_beams(flight, flight.candidates.result(), following, step)
+            self._land_beams(flight, flight.candidates.result(), following)
         if flight.pending is None:
             return
         for row, reserved, sampled in zip(flight.rows, flight.reserved(), flight.pending.result(), strict=True):
@@ -53,19 +52,19 @@ class Landing:
             if owner is None or row.sequence.finished:
                 continue  # it ended while the step ran, or failed at the row of a sibling
             try:
-                self._commit_row(owner, row.sequence, sampled, reserved, step)
+                self._commit_row(owner, row.sequence, sampled, reserved, flight.step)
             except Exception as error:  # such as a tokenizer's; the others have no part in it
                 log.exception("request %s failed", owner.request.id)
                 self.fail(owner, error)
 
-    def _land_beams(self, flight: Flight, found: list[Found], following: Flight | None, step: int) -> None:
+    def _land_beams(self, flight: Flight, found: list[Found], following: Flight | None) -> None:
         for turn in flight.turns:
             job, first = turn.job, turn.first_ask
             if job.request not in self.jobs:
                 continue
             assert job.beams is not None and flight.candidates is not None
             try:
-                job.note_token(step)
+                job.note_token(flight.step)
                 own = found[first : first + len(turn.asks)]
                 moved = following is not None and job.request in following.moved
                 if not job.beams.advance(own, flight.candidates, first, self._scheduler, moved):

@@ -184,7 +184,7 @@ class EngineLoop:
         self.steps += 1
         goes_ahead = [self._goes_ahead(turn.job) for turn in turns]
         overlaps = overlaps and all(goes_ahead)
-        flight = Flight(rows, None, overlaps, probed, turns, moved=moved)
+        flight = Flight(rows, None, overlaps, probed, turns, step=self.steps, moved=moved)
         if not rows and not turns:
             return flight
         if (waits or not all(goes_ahead)) and self._flight is not None:
@@ -215,7 +215,7 @@ class EngineLoop:
         """
         flight, self._flight = self._flight, None
         if flight is not None:
-            self._landing.land(flight, following, self.steps)
+            self._landing.land(flight, following)
 
     def _admit(self) -> None:
         """Take in what arrived since the last step, and let go of what was aborted."""
