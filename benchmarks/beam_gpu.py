@@ -6,7 +6,8 @@
 Rates count ``prompts x width x tokens`` over the whole run, prompts included. Each workload runs twice in one process;
 the second run counts. A step's time is that of the second half of the tokens, from a run of all and a run of half of
 them: greedy and beams then hold as many sequences of the same lengths, and prompts have no part in it. "waiting" is
-beam search whose next step is launched only when the host knows the candidates of the one before.
+beam search whose next step is launched only when the host knows the candidates of the one before; "edited" has
+a repetition penalty and ``min_tokens``.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def ours(folder: Path, args: argparse.Namespace) -> dict[str, tuple[float, float
 
         for name, count, options in (
             ("greedy", seqs, {"temperature": 0}), ("waiting", args.prompts, beams), ("beams", args.prompts, beams),
+            ("edited", args.prompts, {**beams, "repetition_penalty": 1.2, "min_tokens": 8}),
         ):  # fmt: skip
             llm._loop.plans_beams_ahead = name != "waiting"
             seconds(count, options, args.tokens_out, 0)

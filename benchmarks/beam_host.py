@@ -34,6 +34,8 @@ VOCAB = 32000
 class NoEngine:
     """Gives logits of no rows at once."""
 
+    moves_beams = False
+
     class config:
         block_size = 16
 
@@ -50,7 +52,7 @@ class Drawn:
         self._rng = np.random.default_rng(seed)
         self.spent = 0.0
 
-    def start(self, logits: torch.Tensor, asks: list[Any]) -> PendingCandidates:
+    def start(self, logits: torch.Tensor, asks: list[Any], before: Any = None) -> PendingCandidates:
         begin = time.perf_counter()
         pending = PendingCandidates(torch.empty(0), asks)
         width = max(ask.count for ask in asks)

@@ -102,7 +102,7 @@ def random_params(rng: random.Random) -> SamplingParams:
     if rng.random() < 0.1:
         options |= {"repetition_penalty": 1.1, "presence_penalty": 0.2}
     if rng.random() < 0.1:
-        options["logit_bias"] = {rng.randrange(100, 2000): 2.0}
+        options["logit_bias"] = {rng.randrange(100, 300): 2.0}
     if rng.random() < 0.1:
         options["logprobs"] = rng.randrange(5)
     if rng.random() < 0.1:
@@ -116,18 +116,19 @@ def random_params(rng: random.Random) -> SamplingParams:
     if rng.random() < 0.03:
         options["guided_decoding"] = GuidedDecodingParams(regex="[A-Za-z ,.]{1,200}")
     if rng.random() < 0.05:
-        kept = {key: options[key] for key in ("max_tokens", "repetition_penalty", "stop") if key in options}
+        shared = ("max_tokens", "repetition_penalty", "presence_penalty", "logit_bias", "min_tokens", "stop")
+        kept = {key: options[key] for key in shared if key in options}
         options = kept | {"use_beam_search": True, "beam_width": rng.choice([2, 3, 4, 8]), "temperature": 0}
     return SamplingParams(**options)
 
 
-def random_prompt(rng: random.Random) -> str:
-    """A few words to about a thousand; half of them begin alike, so that blocks are found again."""
+def random_prompt(rng: random.Random, words: int) -> str:
+    """One word to so many; half of the prompts begin alike, so that blocks are found again."""
     opening = f"Tell me a story that begins like this: {TEXT}, {TEXT}, " if rng.random() < 0.5 else ""
-    return opening + " ".join(rng.choices(WORDS, k=rng.choice([1, 4, 16, 60, 200, 800])))
+    return opening + " ".join(rng.choices(WORDS, k=min(words, rng.choice([1, 4, 16, 60, 200, words]))))
 
 
-def load(llm: LLM, seconds: float, rng: random.Random, in_flight: int, keep: int) -> Heard:
+def load(llm: LLM, seconds: float, rng: random.Random, in_flight: int, words: int, keep: int) -> Heard:
     """Keep about this many requests in flight for so long; those of the end run to theirs."""
     heard = Heard(rng, keep)
     live: list[Sent] = []
@@ -136,7 +137,7 @@ def load(llm: LLM, seconds: float, rng: random.Random, in_flight: int, keep: int
     while live or time.perf_counter() < end:
         now = time.perf_counter()
         while now < end and len(live) < in_flight:
-            prompt, params = random_prompt(rng), random_params(rng)
+            prompt, params = random_prompt(rng, words), random_params(rng)
             abort_at = now + rng.uniform(0, 1.0) if rng.random() < 0.08 else None
             live.append(Sent(prompt, params, llm.generate_async(prompt, params), abort_at))
             if rng.random() < 0.2:
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--check", type=int, default=300, help="answers to read in one piece")
     parser.add_argument("--alone", type=int, default=60, help="requests to run again alone")
     parser.add_argument("--rounding", type=float, default=0.25, help="nats; logits in bfloat16 are this coarse")
+    parser.add_argument("--words", type=int, default=800, help="of the longest prompts")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     import torch
@@ -219,10 +221,12 @@ def main() -> None:
     with llm:
         pool = llm._loop._scheduler.pool
         keep = asked.check + asked.alone
-        load(llm, min(10.0, asked.seconds / 4), rng, asked.in_flight, keep)  # graphs of every size are captured
+        load(
+            llm, min(10.0, asked.seconds / 4), rng, asked.in_flight, asked.words, keep
+        )  # graphs of every size are captured
         held, then = on_gpu(), resident()
         start = time.perf_counter()
-        heard = load(llm, asked.seconds, rng, asked.in_flight, keep)
+        heard = load(llm, asked.seconds, rng, asked.in_flight, asked.words, keep)
         seconds = time.perf_counter() - start
         rate = f"{heard.tokens} tokens ({heard.tokens / seconds:,.0f}/s)"
         print(f"{heard.requests} requests in {seconds:.0f} s, {rate}; {dict(heard.reasons)}")
