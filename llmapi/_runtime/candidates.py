@@ -205,14 +205,16 @@ class Candidates:
         pending = PendingCandidates(logits, asks)
         plain: list[int] = []
         edited: list[int] = []
-        ahead: list[int] = []
+        there: list[int] = []
         for i, ask in enumerate(asks):
             if ask.carried is not None or ask.ends is not None:
-                ahead.append(i)
+                there.append(i)
+            elif not any(map(self._edits.wanted, ask.sequences)):
+                plain.append(i)
             else:
-                (edited if any(map(self._edits.wanted, ask.sequences)) else plain).append(i)
-        if ahead:
-            self._start_ahead(pending, ahead, before)
+                (there if self._edits_there(ask) else edited).append(i)
+        if there:
+            self._start_there(pending, there, before)
         if plain:
             x, own = _own_rows(logits, [asks[i] for i in plain])
             pending.add(plain, self._select(x, _spans(own, len(x)), False))
@@ -224,8 +226,15 @@ class Candidates:
         pending.seal()
         return pending
 
-    def _start_ahead(self, pending: PendingCandidates, members: list[int], before: Chosen | None) -> None:
-        """Find candidates of searches that the host has not caught up with, or need not."""
+    def _edits_there(self, ask: BeamAsk) -> bool:
+        """Whether an ask's edits are made where its candidates are found."""
+        params = ask.sequences[0].request.params
+        if self._chooser is None or ask.greedy or params.num_beam_groups > 1:
+            return False
+        return self._chooser.fits(len(ask.sequences), ask.count) and self._edits.foreseeable(params)
+
+    def _start_there(self, pending: PendingCandidates, members: list[int], before: Chosen | None) -> None:
+        """Find candidates of searches that the device edits, or that the host has not caught up with, or need not."""
         assert self._chooser is not None
         x, own = _own_rows(pending.logits, [pending.asks[i] for i in members], self._chooser.max_rows)
         spans = _spans(own, len(x))

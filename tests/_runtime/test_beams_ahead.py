@@ -14,7 +14,7 @@ from llmapi import LLM, RequestError, RequestOutput, SamplingParams
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.candidates import Found, PendingCandidates
 from tests._runtime.played import PlayedChooser, PlayedEngine, watch_tables
-from tests.api.beam_truth import by_transformers
+from tests.api.beam_truth import Counted, by_transformers
 from tests.api.truth import Truth, idle, prompts_of, until
 from tests.tiny import VOCAB, tiny_checkpoint
 
@@ -127,24 +127,32 @@ def test_searches_are_those_of_transformers(seed: int, checkpoint: Path, cache: 
     params = []
     for prompt in prompts:
         often = sorted(set(truth.greedy(prompt, 12)))
-        width = rng.choice([2, 3, 4, 8])
+        width, count = rng.choice([2, 3, 4, 8]), rng.randint(1, 30)
+        edits: list[dict[str, Any]] = [
+            {}, {"repetition_penalty": 1.3}, {"min_tokens": rng.randint(1, count)}, {"logit_bias": {often[0]: -100.0}},
+            {"presence_penalty": rng.uniform(-1, 1), "frequency_penalty": rng.uniform(-1, 1)},
+        ]  # fmt: skip
         params.append(
             beam(
-                width, rng.randint(1, 30), n=rng.randint(1, width), ignore_eos=rng.random() < 0.3,
+                width, count, n=rng.randint(1, width), ignore_eos=rng.random() < 0.3,
                 stop_token_ids=rng.sample(often, min(len(often), rng.choice([0, 1, 2]))),
                 early_stopping=rng.choice([True, False, "never"]), length_penalty=rng.choice([1.0, 0.0, 2.0]),
+                **rng.choice(edits),
             )
         )  # fmt: skip
     with start(checkpoint, cache, max_batch_size=16) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         until(lambda: idle(llm))
-    assert PlayedEngine.moves > 50
+    assert PlayedEngine.moves > 50 and PlayedChooser.edited[False] > 5
     for prompt, own, output in zip(prompts, params, outputs, strict=True):
         assert own.max_tokens is not None and own.beam_width is not None
         ends = sorted({*(own.stop_token_ids or ()), *([] if own.ignore_eos else [1])})
         expected = by_transformers(
             truth, prompt, own.beam_width, own.max_tokens, ends, own.n,
-            length_penalty=own.length_penalty, early_stopping=own.early_stopping,
+            length_penalty=own.length_penalty, early_stopping=own.early_stopping, min_new_tokens=own.min_tokens,
+            repetition_penalty=own.repetition_penalty,
+            sequence_bias=[[[token], value] for token, value in (own.logit_bias or {}).items()] or None,
+            processors=[Counted(len(prompt), own.presence_penalty, own.frequency_penalty)],
         )  # fmt: skip
         assert [o.token_ids for o in output.outputs] == [ids for ids, _ in expected]
         assert [o.score for o in output.outputs] == pytest.approx([s for _, s in expected], abs=1e-4)

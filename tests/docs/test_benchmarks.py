@@ -60,7 +60,9 @@ def test_guided(bench: Bench, model: Path, tmp_path: Path, capsys: pytest.Captur
 def test_soak(bench: Bench, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any) -> None:
     monkeypatch.setenv("LLMAPI_CACHE_DIR", str(tmp_path))
     sizes = ("--in-flight", "8", "--batch", "8", "--kv-tokens", "4096", "--check", "5", "--alone", "3", "--words", "9")
-    bench(FOLDER / "soak.py", "--model", str(model), "--backend", "cpu", "--dtype", "bfloat16", "--seconds", "2", *sizes)
+    bench(
+        FOLDER / "soak.py", "--model", str(model), "--backend", "cpu", "--dtype", "bfloat16", "--seconds", "2", *sizes
+    )
     assert "requests" in capfd.readouterr().out
 
 
