@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from llmapi import LLM
+from llmapi import LLM, SamplingParams
 from tests.tiny import VOCAB
 
 FIRST_PLAIN = 5  # ids below are special
@@ -74,12 +74,25 @@ class Truth:
         torch.testing.assert_close(mean, torch.stack([s.mean(0) for s in states]), atol=tolerance, rtol=tolerance)
 
 
-def half_errors(folder: Path, texts: Sequence[Sequence[int]], dtype: torch.dtype) -> list[float]:
-    """By how much transformers' own logits in 16 bits differ from its float32 ones: root mean square, by text."""
-    exact = Truth(folder)
-    half = Truth(folder)
+def check_half(llm: LLM, folder: Path, prompts: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
+    """Logits of prompts and of greedy texts are as near to those of float32 as transformers' own of 16 bits.
+
+    Args:
+        llm: computes in 16 bits.
+        folder: its checkpoint.
+        prompts: token ids.
+        dtype: its type.
+    """
+    exact, half = Truth(folder), Truth(folder)
     half.model = half.model.to(dtype)
-    return [float((half.logits(ids) - exact.logits(ids)).square().mean().sqrt()) for ids in texts]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, return_logits="both")
+    for prompt, output in zip(prompts, llm.generate([list(p) for p in prompts], params), strict=True):
+        [completion] = output.outputs
+        assert output.prompt_logits is not None and completion.logits is not None
+        ids = [*prompt, *completion.token_ids]
+        found, truth = torch.cat([output.prompt_logits, completion.logits[1:]]).float(), exact.logits(ids)
+        allowed = float((half.logits(ids) - truth).square().mean().sqrt())
+        assert 0 < float((found - truth[:-1]).square().mean().sqrt()) < 1.5 * allowed
 
 
 def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

@@ -20,7 +20,7 @@ from llmapi._runtime.engine_tensorrt import TensorRTEngine
 from llmapi._runtime.tensorrt_plan import LoadedPlan, refuse_misfits
 from llmapi.models.transformer import constants
 from tests.api.beam_truth import by_transformers
-from tests.api.truth import Truth, half_errors, mixed_steps, prompts_of
+from tests.api.truth import Truth, check_half, mixed_steps, prompts_of
 from tests.tensorrt.evaluator import Evaluator
 from tests.tensorrt.fake_runtime import FakeEngine, no_stream
 from tests.tensorrt.models import package
@@ -178,19 +178,8 @@ def test_logits_of_prompts(checkpoints: dict[str, Path], cache: Path, fakes: Fak
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits(dtype: str, checkpoints: dict[str, Path], cache: Path, fakes: Fakes) -> None:
-    """Logits of prompts and of what follows are as near to those of float32 as transformers' own of 16 bits."""
-    truth = Truth(checkpoints["qwen2"])
-    prompts = prompts_of([33, 3, 60], seed=6)
     with make(checkpoints["qwen2"], cache, dtype=dtype) as llm:
-        outputs = llm.generate(prompts, greedy(8, return_logits="both"))
-    texts = [p + o.outputs[0].token_ids for p, o in zip(prompts, outputs, strict=True)]
-    allowed = half_errors(checkpoints["qwen2"], texts, getattr(torch, dtype))
-    for prompt, ids, output, error in zip(prompts, texts, outputs, allowed, strict=True):
-        assert output.prompt_logits is not None and output.outputs[0].logits is not None
-        found = torch.cat([output.prompt_logits, output.outputs[0].logits[1:]]).float()
-        difference = found - truth.logits(ids)[:-1]
-        assert 0 < float(difference.square().mean().sqrt()) < 1.5 * error
-        assert len(found) == len(prompt) + 7
+        check_half(llm, checkpoints["qwen2"], prompts_of([33, 3, 60], seed=6), getattr(torch, dtype))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
