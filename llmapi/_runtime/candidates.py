@@ -227,11 +227,17 @@ class Candidates:
         return pending
 
     def _edits_there(self, ask: BeamAsk) -> bool:
-        """Whether an ask's edits are made where its candidates are found."""
+        """Whether an ask's edits are made where its candidates are found.
+
+        Penalties are not, where the host knows the beams: their tokens would have to be counted anew for each search.
+        """
         params = ask.sequences[0].request.params
         if self._chooser is None or ask.greedy or params.num_beam_groups > 1:
             return False
-        return self._chooser.fits(len(ask.sequences), ask.count) and self._edits.foreseeable(params)
+        if not self._chooser.fits(len(ask.sequences), ask.count) or not self._edits.foreseeable(params):
+            return False
+        edit = self._edits.foreseen(ask.sequences[0])
+        return edit is not None and edit.penalties is None
 
     def _start_there(self, pending: PendingCandidates, members: list[int], before: Chosen | None) -> None:
         """Find candidates of searches that the device edits, or that the host has not caught up with, or need not."""
