@@ -229,7 +229,7 @@ class Tokenizer:
             template_arguments: passed on to the template.
 
         Raises:
-            ConfigError: an option that is set here already.
+            ConfigError: an option that is set here already, or that is not of its form.
             RequestError: the model has no chat template, a message is malformed, or the template refuses it.
         """
         for name in _FIXED:
@@ -238,6 +238,9 @@ class Tokenizer:
                     f"{name}={template_arguments[name]!r} cannot be given to a chat, which sets {', '.join(_FIXED)} "
                     f"itself: leave out {name}"
                 )
+        for name, given in (("tools", tools), ("documents", documents)):
+            if given is not None and not isinstance(given, (list, tuple)):
+                raise ConfigError(f"{name}={given!r}: give a list, or leave {name} out")
         _check_messages(messages)
         if chat_template is None and not self.backend.chat_template:
             raise RequestError(

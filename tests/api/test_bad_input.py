@@ -340,6 +340,9 @@ def test_chats_that_cannot_be(llm: LLM) -> None:
     with pytest.raises(RequestError, match="refused the messages"):
         llm.chat([{"role": "user", "content": "x"}], chat_template="{{ raise_exception('no') }}")
     good = [{"role": "user", "content": "x"}]
+    for name in ("tools", "documents"):
+        with pytest.raises(ConfigError, match=f"{name}=5: give a list, or leave {name} out"):
+            llm.chat([{"role": "user", "content": "hi"}], **{name: 5})
     for name in ("conversation", "tokenize", "return_dict", "return_tensors"):
         for talks in (good, [good, good]):
             with pytest.raises(
