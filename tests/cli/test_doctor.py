@@ -49,7 +49,8 @@ def test_this_machine_runs_models(cli: Cli, tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert f"torch: {importlib.metadata.version('torch')}" in result.out
     assert "  OK  cpu: runs\n" in result.out
-    assert re.search(r"  no  cuda: backend='cuda' cannot run here: torch .* install a CUDA build of torch", result.out)
+    why = "was built without CUDA: install a CUDA build of torch|sees no NVIDIA GPU: check nvidia-smi"
+    assert re.search(f"  no  cuda: backend='cuda' cannot run here: torch .*({why})", result.out)
     assert re.search(r"  no  tensorrt: (builds plans with \w+ [\d.]+, and runs none|.* needs TensorRT)", result.out)
     assert result.out.endswith("This machine runs models on the cpu backend.\n")
     assert re.search(r"  OK  locks: ", result.out)
