@@ -50,7 +50,7 @@ class BeamCounts:
         Returns:
             The address of each search's table, valid until it ends.
         """
-        self.let_go({beams[0].request for beams, _ in searches})
+        self._let_go({beams[0].request for beams, _ in searches})
         tallied: list[tuple[int, int, int]] = []
         addresses = []
         for beams, place in searches:
@@ -71,7 +71,7 @@ class BeamCounts:
             )  # fmt: skip
         return addresses
 
-    def let_go(self, staying: set[Request]) -> None:
+    def _let_go(self, staying: set[Request]) -> None:
         """Give back the tables of searches that have ended.
 
         Args:

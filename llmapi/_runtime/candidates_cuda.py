@@ -16,6 +16,7 @@ from llmapi._kernels.sample_cuda import EDIT
 from llmapi._runtime.beam_counts import BeamCounts
 from llmapi._runtime.beam_moves import upload
 from llmapi._runtime.candidates import BeamAsk, Spans, select
+from llmapi._runtime.scratch import Scratch
 
 
 class KernelSelect:
@@ -38,7 +39,7 @@ class KernelSelect:
         self.max_rows = max_rows
         self._kernels: BeamKernels | None = None  # compiled, and given memory, with the first search
         self._counts = BeamCounts(gpu, vocab_size)
-        self._scratch: Tensor | None = None  # [rows, V] float32: edited log probabilities
+        self._scratch = Scratch(vocab_size, gpu.device)  # edited log probabilities
         self._shape: tuple[Any, ...] | None = None
         self._tables: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._choices: list[tuple[int, int, int, frozenset[int] | None]] = []
@@ -109,7 +110,7 @@ class KernelSelect:
     @property
     def workspace_bytes(self) -> int:
         """GPU memory held for edits: 8 bytes per vocabulary entry of a beam with penalties, 4 of another edited one."""
-        return self._counts.nbytes + (0 if self._scratch is None else self._scratch.nbytes)
+        return self._counts.nbytes + self._scratch.nbytes
 
     def _bring_counts(self, spans: Spans) -> list[int]:
         """The address of each search's counts, brought up to date; 0 where it has no penalties."""
@@ -160,12 +161,11 @@ class KernelSelect:
         """Write the edits of searches into the table of rows; the list of ``EDIT`` that it refers to."""
         listed: list[tuple[int, float]] = []
         edited = [(i, edit) for i, edit in enumerate(spans.edits) if edit is not None]
-        address = self._scratch_address(sum(spans.rows[i] for i, _ in edited))
+        addresses = self._scratch.rows(sum(spans.rows[i] for i, _ in edited)) if edited else np.zeros(0, np.uint64)
         for i, edit in edited:
             beams = np.arange(spans.rows[i], dtype=np.uint64)
             own = table[spans.first[i] : spans.first[i] + spans.rows[i]]
-            own["edited"] = address + 4 * self._vocab * beams
-            address += 4 * self._vocab * len(beams)
+            own["edited"], addresses = addresses[: len(own)], addresses[len(own) :]
             if edit.penalties is not None:
                 own["repetition"], own["presence"], own["frequency"] = edit.penalties
                 own["counts"], own["penalized"] = counts[i] + 4 * self._vocab * beams, 1
@@ -176,10 +176,3 @@ class KernelSelect:
             listed += [(token, 0.0) for token in edit.banned]
             own["edits_end"] = len(listed)
         return np.array(listed, dtype=EDIT)
-
-    def _scratch_address(self, rows: int) -> int:
-        if rows and (self._scratch is None or len(self._scratch) < rows):
-            self._scratch = None
-            size = min(self.max_rows, 1 << (rows - 1).bit_length())
-            self._scratch = torch.empty(size, self._vocab, dtype=torch.float32, device=self._gpu.device)
-        return 0 if self._scratch is None else self._scratch.data_ptr()

@@ -22,12 +22,13 @@ from llmapi._runtime.candidates import Candidates
 from llmapi._runtime.candidates_cuda import KernelSelect
 from llmapi._runtime.draw import _COLDEST
 from llmapi._runtime.guide import fill, words
-from llmapi._runtime.logit_edits import _completing, _held_back
+from llmapi._runtime.logit_edits import _completing, _held_back, _penalized
 from llmapi._runtime.logprobs import _ranked
 from llmapi._runtime.no_choice import failed
 from llmapi._runtime.params_memo import ParamsMemo
 from llmapi._runtime.request import Sequence
 from llmapi._runtime.sampler import Sampled, Sampler, SampleRow, SamplerTokenizer
+from llmapi._runtime.scratch import Scratch
 from llmapi._runtime.token_counts import TokenCounts
 from llmapi.errors import RequestError
 from llmapi.outputs import Logprob
@@ -111,7 +112,7 @@ class CudaSampler(Sampler):
         found = KernelSelect(gpu, vocab_size=vocab_size, max_rows=max_rows, logits_dtype=logits_dtype)
         self.candidates = Candidates(vocab_size, self._edits, found, found)
         self._counts = TokenCounts(vocab_size, gpu.device)
-        self._scratch: Tensor | None = None  # [rows, V] float32: edited logits
+        self._scratch = Scratch(vocab_size, gpu.device)  # edited logits
         self._settings = ParamsMemo(self._prepare)
         self._last_ids: Tensor | None = None
         self._batch = self._begin([], [])
@@ -119,7 +120,7 @@ class CudaSampler(Sampler):
     @property
     def workspace_bytes(self) -> int:
         """GPU memory held between steps: 4 bytes per vocabulary entry of each penalized and of each edited row."""
-        return self._counts.nbytes + (0 if self._scratch is None else self._scratch.nbytes)
+        return self._counts.nbytes + self._scratch.nbytes
 
     def overlaps(self, row: SampleRow) -> bool:
         """Whether the next step may be launched before this row's token is known to the host: its id stays here."""
@@ -225,7 +226,7 @@ class CudaSampler(Sampler):
         if penalized:
             table["counts"][penalized] = self._counts.addresses([sequences[i] for i in penalized], self._last_ids)
         if edited:
-            table["edited"][edited] = self._scratch_rows(len(edited))
+            table["edited"][edited] = self._scratch.rows(len(edited))
         return table, np.concatenate(edits) if edits else np.zeros(0, dtype=EDIT), guided
 
     def _begin(self, sequences: list[Sequence], draws: list[int]) -> _Batch:
@@ -248,19 +249,11 @@ class CudaSampler(Sampler):
             banned.update(_completing(self._edits._plans(sequence.request.params), sequence))
         return [t for t in banned if t < self._vocab]
 
-    def _scratch_rows(self, count: int) -> npt.NDArray[np.uint64]:
-        if self._scratch is None or len(self._scratch) < count:
-            self._scratch = None
-            size = 1 << (count - 1).bit_length()
-            self._scratch = torch.empty(size, self._vocab, dtype=torch.float32, device=self._device)
-        step = 4 * self._vocab
-        return np.arange(count, dtype=np.uint64) * np.uint64(step) + np.uint64(self._scratch.data_ptr())
-
     def _prepare(self, p: SamplingParams) -> _Fixed:
         plan = self._edits._plans(p)
         served = not p.logits_processors and not p.returns_generation_logits and plan.error is None
         served = served and (p.logprobs is None or p.logprobs <= MAX_LOGPROBS)
-        penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        penalized = _penalized(p)
         row = np.zeros((), dtype=ROW)
         row["used"] = served
         row["temperature"] = 0.0 if p.greedy else min(max(p.temperature, _COLDEST), _HOTTEST)
