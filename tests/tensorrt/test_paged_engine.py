@@ -225,7 +225,9 @@ def test_closing_lets_go_of_everything(model: Path, cache: Path, world: World) -
     llm = make(model, cache)
     llm.generate(prompts_of([20, 30], seed=2), greedy(4))
     engine: Any = llm._loop._engine
-    memory = [weakref.ref(t) for t in [*engine._caches.values(), engine._scratch, engine._out, engine._ints]]
+    memory = [
+        weakref.ref(t) for t in [*engine._caches.values(), engine._scratch, *engine._out.by_name.values(), engine._ints]
+    ]
     contexts = [weakref.ref(c) for c in world.contexts]
     world.reset()
     llm.close()
