@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from llmapi._kernels.gpu import Gpu, Kernel
 from llmapi._kernels.nvrtc import Unit
-from llmapi._kernels.skinny_linear_layout import BUCKETS, GATES, Layout, Variant, bucket_of
-from llmapi.errors import BuildError
+from llmapi._kernels.skinny_linear_layout import BUCKETS, GATES, SCALES, WRITES, Layout, Variant, bucket_of
+from llmapi._kernels.tensor_map import TensorMap
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _MOST_TILES = 1 << 15
-_BULK, _COPY = "ttplppliiiiii", "pplplpplppiiii"
+_BULK, _COPY = "ttplppliiiiiipppif", "pplplpplppiiii"
 
 
 def units(dtype: str) -> list[Unit]:
@@ -38,8 +37,31 @@ def units(dtype: str) -> list[Unit]:
         (Variant(1, 1), 128, 12288, 2),
         (Variant(0, 1), 128, 4096, 1),
     ]
-    layouts = [(Layout.of(v, rows, n, 4096, sms=132, shared_memory=227 << 10), gate) for v, rows, n, gate in some]
+    normed = [
+        (Variant(2, 4), 8, 4096, 0, WRITES),
+        (Variant(1, 2), 64, 12288, 0, SCALES),
+        (Variant(1, 1), 128, 28672, 1, SCALES),
+    ]
+    layouts = [
+        (Layout.of(v, rows, n, 4096, sms=132, shared_memory=227 << 10, norm=norm), gate)
+        for v, rows, n, gate, norm in [*((*one, 0) for one in some), *normed]
+    ]
     return [layout.unit(dtype, gate) for layout, gate in layouts if layout is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Unscaled:
+    """Rows of an RMSNorm that the product which reads them is to finish: see :meth:`SkinnyLinear.before_norm`.
+
+    Attributes:
+        rows: ``[M, K]``, the sum times the norm's weight.
+        squares: ``[parts, M rounded up]`` float32, shares of the sum of squares of each row.
+        eps: the norm's.
+    """
+
+    rows: torch.Tensor
+    squares: torch.Tensor
+    eps: float
 
 
 class SkinnyLinear:
@@ -72,8 +94,8 @@ class SkinnyLinear:
         floats = 2 * 2 * gpu.sms * 64 * bucket_of(max_rows)
         self._workspace = torch.empty(floats, dtype=torch.float32, device=gpu.device)
         self._counters = torch.zeros(_MOST_TILES, dtype=torch.int32, device=gpu.device)
-        self._launches: dict[tuple[int, int, int, int, int], tuple[Layout, Kernel]] = {}
-        self._maps: dict[tuple[int, ...], _TensorMap] = {}
+        self._launches: dict[tuple[int, int, int, int, int, int], tuple[Layout, Kernel]] = {}
+        self._maps: dict[tuple[int, ...], TensorMap] = {}
 
     def supports(self, rows: int, n: int, k: int) -> bool:
         """Whether a product can be asked for.
@@ -113,33 +135,46 @@ class SkinnyLinear:
 
         return [layout.variant.code for layout in [*sorted(found, key=rank), copied]]
 
-    def layout(self, variant: Variant, rows: int, n: int, k: int) -> Layout | None:
+    def layout(self, variant: Variant, rows: int, n: int, k: int, norm: int = 0) -> Layout | None:
         """How a variant is laid out on this GPU; None where it does not go with the shape.
 
         Args:
             variant: the configuration.
             rows, n, k: see :meth:`supports`.
+            norm: see :attr:`Layout.norm`.
         """
         if variant.cluster and not self._bulk:
             return None
-        return Layout.of(variant, rows, n, k, sms=self._gpu.sms, shared_memory=self._gpu.shared_memory)
+        return Layout.of(variant, rows, n, k, sms=self._gpu.sms, shared_memory=self._gpu.shared_memory, norm=norm)
 
-    def unit(self, rows: int, n: int, k: int, gate: str | None, variant: int) -> Unit:
+    def norms(self, rows: int, n: int, k: int, variant: int, norm: int) -> bool:
+        """Whether a variant can do its part of a norm.
+
+        Args:
+            rows, n, k: see :meth:`supports`.
+            variant: one of :meth:`variants`.
+            norm: :data:`SCALES` or :data:`WRITES`. In float16 neither is done: a sum times the norm's weight may be
+                larger than its largest number.
+        """
+        return self._dtype != torch.float16 and self.layout(Variant.of(variant), rows, n, k, norm) is not None
+
+    def unit(self, rows: int, n: int, k: int, gate: str | None, variant: int, norm: int = 0) -> Unit:
         """What a call will need compiled.
 
         Args:
             rows, n, k: see :meth:`supports`.
             gate: as of the call.
             variant: one of :meth:`variants`.
+            norm: see :attr:`Layout.norm`.
         """
-        layout = self.layout(Variant.of(variant), rows, n, k)
+        layout = self.layout(Variant.of(variant), rows, n, k, norm)
         assert layout is not None, "not a variant of this shape"
         return layout.unit(_NAMES[self._dtype], GATES[gate])
 
     def __call__(
         self,
         out: torch.Tensor,
-        x: torch.Tensor,
+        x: torch.Tensor | Unscaled,
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
         *,
@@ -151,7 +186,8 @@ class SkinnyLinear:
 
         Args:
             out: ``[M, N]``, or ``[M, N / 2]`` with a gate; rows may lie apart.
-            x: ``[M, K]``, M at most ``max_rows``; 16-byte aligned rows that may lie apart.
+            x: ``[M, K]``, M at most ``max_rows``; 16-byte aligned rows that may lie apart. Or what
+                :meth:`before_norm` returned, where the variant :meth:`norms`.
             weight: ``[N, K]``, contiguous; with a gate all its rows, then all those of up. N and K are multiples of 8
                 (N / 2 with a gate).
             bias: ``[N]``.
@@ -162,22 +198,70 @@ class SkinnyLinear:
         Raises:
             ValueError: a shape, stride or alignment outside these limits.
         """
+        if isinstance(x, Unscaled):
+            self._run(out, x.rows, weight, bias, residual, gate, variant, SCALES, (None, None, x.squares), x.eps)
+        else:
+            self._run(out, x, weight, bias, residual, gate, variant)
+
+    def before_norm(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        gain: torch.Tensor,
+        eps: float,
+        variant: int,
+    ) -> Unscaled:
+        """Write ``x @ weight^T + bias + residual`` to ``out``, and give its RMSNorm to the product that reads it.
+
+        ``norm(h) @ w^T`` is ``(h * gain) @ w^T`` times ``1 / rms(h)`` of each row, so that the norm takes no launch.
+
+        Args:
+            out, x, weight, bias, residual: as of a call.
+            gain: ``[N]``, the norm's weight.
+            eps: the norm's.
+            variant: one that :meth:`norms`.
+        """
+        (rows, k), n = x.shape, weight.shape[0]
+        layout = self.layout(Variant.of(variant), rows, n, k, WRITES)
+        assert layout is not None, "a variant that does not write what a norm needs"
+        scaled = torch.empty(rows, n, dtype=out.dtype, device=out.device)
+        parts = layout.tiles * layout.variant.cluster
+        squares = torch.empty(parts, layout.bucket, dtype=torch.float32, device=out.device)
+        self._run(out, x, weight, bias, residual, None, variant, WRITES, (gain, scaled, squares), eps)
+        return Unscaled(scaled, squares, eps)
+
+    def _run(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        gate: str | None,
+        variant: int | None,
+        norm: int = 0,
+        of_norm: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None),
+        eps: float = 0.0,
+    ) -> None:
         rows, depth = x.shape
         n = weight.shape[0]
         columns = n // 2 if gate else n
         self._check(out, x, weight, residual, columns)
-        layout, kernel = self._launch(variant, rows, n, depth, GATES[gate])
+        layout, kernel = self._launch(variant, rows, n, depth, GATES[gate], norm)
         residual_stride = residual.stride(0) if residual is not None else 0
         y = (out, out.stride(0), bias, residual, residual_stride)
         sizes = (rows, columns, depth, layout.tiles)
         grid = (layout.blocks, 1, 1)
         if layout.variant.cluster:
             maps = self._map_of_weight(weight, layout.tile_rows, gate is not None), self._map_of_x(x, layout.bucket)
-            threads = -(-layout.tile_rows // 64) * 128 + 32
-            kernel(grid, threads, *maps, *y, *sizes, layout.tile_rows, layout.stages, shared=layout.shared)
+            of_bulk = (layout.tile_rows, layout.stages, *of_norm, of_norm[2].shape[0] if of_norm[2] is not None else 0)
+            kernel(grid, layout.threads, *maps, *y, *sizes, *of_bulk, eps, shared=layout.shared)
         else:
             buffers = (self._workspace, self._counters)
-            kernel(grid, 128, weight, x, x.stride(0), *y, *buffers, *sizes, shared=layout.shared)
+            kernel(grid, layout.threads, weight, x, x.stride(0), *y, *buffers, *sizes, shared=layout.shared)
 
     def _check(
         self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, columns: int
@@ -211,12 +295,12 @@ class SkinnyLinear:
             if tensor is not None and tensor.dtype != self._dtype:
                 raise ValueError(f"a tensor is {tensor.dtype}; this object was made for {self._dtype}")
 
-    def _launch(self, variant: int | None, rows: int, n: int, k: int, gate: int) -> tuple[Layout, Kernel]:
-        key = (-1 if variant is None else variant, rows, n, k, gate)
+    def _launch(self, variant: int | None, rows: int, n: int, k: int, gate: int, norm: int) -> tuple[Layout, Kernel]:
+        key = (-1 if variant is None else variant, rows, n, k, gate, norm)
         found = self._launches.get(key)
         if found is None:
             code = self.variants(rows, n, k)[0] if variant is None else variant
-            layout = self.layout(Variant.of(code), rows, n, k)
+            layout = self.layout(Variant.of(code), rows, n, k, norm)
             if layout is None:
                 raise ValueError(
                     f"variant {code} does not go with {rows} rows and a weight of {n} x {k} on {self._gpu.name}: "
@@ -238,9 +322,9 @@ class SkinnyLinear:
         found = self._maps.get(key)
         if found is None:
             if gated:
-                found = _TensorMap(weight, (k, 4, 2, n // 8), (2 * k, n * k, 8 * k), (64, 4, 2, tile // 8))
+                found = TensorMap(weight, (k, 4, 2, n // 8), (2 * k, n * k, 8 * k), (64, 4, 2, tile // 8))
             else:
-                found = _TensorMap(weight, (k, n), (2 * k,), (64, tile))
+                found = TensorMap(weight, (k, n), (2 * k,), (64, tile))
             self._keep(key, found)
         return found.address
 
@@ -249,66 +333,12 @@ class SkinnyLinear:
         key = (1, x.data_ptr(), rows, k, x.stride(0), bucket)
         found = self._maps.get(key)
         if found is None:
-            found = _TensorMap(x, (k, rows), (2 * x.stride(0) if rows > 1 else 2 * k,), (64, bucket))
+            found = TensorMap(x, (k, rows), (2 * x.stride(0) if rows > 1 else 2 * k,), (64, bucket))
             self._keep(key, found)
         return found.address
 
-    def _keep(self, key: tuple[int, ...], map_: _TensorMap) -> None:
+    def _keep(self, key: tuple[int, ...], map_: TensorMap) -> None:
         """A map says where a matrix lies and how it is cut, so that it stays true when memory is used again."""
         if len(self._maps) >= 1 << 14:
             self._maps.clear()
         self._maps[key] = map_
-
-
-class _TensorMap:
-    """A matrix of 16-bit elements as the bulk copies see it: 128-byte swizzle, zeros outside.
-
-    Args:
-        of: the tensor that begins at the first element.
-        sides: lengths, the fastest first.
-        steps: bytes between neighbours in the second dimension and up.
-        box: lengths of what one copy moves.
-
-    Attributes:
-        address: of the 128 bytes that a kernel takes by value.
-
-    Raises:
-        BuildError: the driver refuses.
-    """
-
-    def __init__(self, of: torch.Tensor, sides: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...]) -> None:
-        from cuda.bindings import driver
-
-        rank = len(sides)
-        self._memory = ctypes.create_string_buffer(128 + 64)
-        self.address = -(-ctypes.addressof(self._memory) // 64) * 64  # the driver wants 64-byte alignment
-        kinds = driver.CUtensorMapDataType
-        half = of.dtype == torch.float16
-        kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-        error = _encoder()(
-            self.address,
-            int(kind),
-            rank,
-            of.data_ptr(),
-            (ctypes.c_uint64 * rank)(*sides),
-            (ctypes.c_uint64 * (rank - 1))(*steps),
-            (ctypes.c_uint32 * rank)(*box),
-            (ctypes.c_uint32 * rank)(*[1] * rank),
-            int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
-            int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
-            int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
-            int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
-        )
-        if error:
-            raise BuildError(f"CUDA refused a tensor map (sides {sides}, steps {steps}, box {box}): error {error}")
-
-
-def _encoder() -> Any:
-    """``cuTensorMapEncodeTiled``, called through ctypes: it wants its result in memory that is aligned."""
-    from cuda.bindings import driver
-
-    error, address, _ = driver.cuGetProcAddress(b"cuTensorMapEncodeTiled", 12000, 0)
-    if int(error) != 0 or not address:
-        raise BuildError(f"the GPU driver has no cuTensorMapEncodeTiled ({error}); CUDA 12.0 or newer is needed")
-    p, i = ctypes.c_void_p, ctypes.c_uint32
-    return ctypes.CFUNCTYPE(ctypes.c_int, p, i, i, p, p, p, p, p, i, i, i, i)(int(address))

@@ -13,6 +13,9 @@ BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128)
 GATES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 """``LLM_GATE`` by name of the activation."""
 
+SCALES, WRITES = 1, 2
+"""``LLM_NORM``: which part of an RMSNorm between two products one of them does."""
+
 _MOST_STAGES = 32
 
 
@@ -66,6 +69,7 @@ class Layout:
         blocks: of the grid.
         stages: of the ring in shared memory.
         shared: bytes of dynamic shared memory, alignment included.
+        norm: :data:`SCALES` its sums, as a norm of x asks for; :data:`WRITES` what such a product needs; or 0.
     """
 
     variant: Variant
@@ -75,9 +79,12 @@ class Layout:
     blocks: int
     stages: int
     shared: int
+    norm: int = 0
 
     @classmethod
-    def of(cls, variant: Variant, rows: int, n: int, k: int, *, sms: int, shared_memory: int) -> Layout | None:
+    def of(
+        cls, variant: Variant, rows: int, n: int, k: int, *, sms: int, shared_memory: int, norm: int = 0
+    ) -> Layout | None:
         """None where the variant does not go with the shape or the GPU.
 
         Args:
@@ -86,9 +93,12 @@ class Layout:
             n, k: rows and columns of the weight.
             sms: multiprocessors.
             shared_memory: bytes that a block may have.
+            norm: see :attr:`norm`; with bulk copies only.
         """
         bucket, units = bucket_of(rows), -(-k // (64 * variant.boxes))
         if not variant.cluster:
+            if norm:
+                return None
             stage = variant.boxes * (64 + bucket) * 128
             half = (shared_memory - 1024) // 2  # room for a second block
             stages = max(2, min(8, (half - 2048) // stage))
@@ -107,7 +117,9 @@ class Layout:
         tiles, subtiles = -(-n // tile_rows), -(-tile_rows // 64)
         blocks_of_sums = subtiles * bucket // 8
         parts = -(-blocks_of_sums // variant.cluster) * variant.cluster * 2048 if variant.cluster > 1 else 0
-        rest = (subtiles * 64 - tile_rows) * 128 + parts + 1024  # what is read past a tile; sums from other blocks
+        of_rows = (0, 1, subtiles * 4)[norm] * bucket * 4
+        # What is read past a tile; sums from other blocks; scales or squares.
+        rest = (subtiles * 64 - tile_rows) * 128 + parts + of_rows + 1024
         stage = variant.boxes * (tile_rows + bucket) * 128
         stages = min(_MOST_STAGES, (shared_memory - 1024 - rest) // stage)
         if stages < 2:
@@ -115,7 +127,14 @@ class Layout:
         blocks = min(tiles, teams) * variant.cluster
         # At least half of the memory, so that one multiprocessor never gets two blocks and another none.
         shared = max(stages * stage + rest, shared_memory // 2)
-        return cls(variant, bucket, tile_rows, tiles, blocks, stages, shared)
+        return cls(variant, bucket, tile_rows, tiles, blocks, stages, shared, norm)
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        if not self.variant.cluster:
+            return 128
+        return -(-self.tile_rows // 64) * 128 + (64 if self.norm == SCALES else 32)
 
     def unit(self, dtype: str, gate: int) -> Unit:
         """What to compile.
@@ -127,6 +146,7 @@ class Layout:
         own: dict[str, int]
         if self.variant.cluster:
             own = {"LLM_BULK": 1, "LLM_CLUSTER": self.variant.cluster, "LLM_SUBTILES": -(-self.tile_rows // 64)}
+            own |= {"LLM_NORM": self.norm}
         else:
             own = {"LLM_BULK": 0, "LLM_STAGES": self.stages}
         return Unit.of(

@@ -1,8 +1,9 @@
 """Binder: what runs on the GPU for each node of the graph. Decided once, at load.
 
-Three nodes need more than a launch: attention, which is two kernels that share a workspace; rotary embedding, which
-leaves the queries where they are, and is part of attention in steps of decoding; and linear layers, for which the
-fastest of several implementations is taken.
+Some nodes need more than a launch: attention, which is two kernels that share a workspace; rotary embedding, which
+leaves the queries where they are, and is part of attention in steps of decoding; linear layers, for which the fastest
+of several implementations is taken, and which take over activations and norms around them; and the choice of the rows
+whose logits are wanted, which in steps of decoding are all.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from llmapi._kernels.context_attention_cuda import ContextAttention
 from llmapi._kernels.decode_attention_cuda import DecodeAttention, Fusion
 from llmapi._kernels.gated_activation_cuda import gated_activation
 from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.nvrtc import Unit
 from llmapi._kernels.rotary_cuda import rotary_kv_write
 from llmapi._runtime.graph_uses import GraphUses
-from llmapi._runtime.linear_cuda import CudaLinear, LinearChoices
+from llmapi._runtime.linear_cuda import CudaLinear, LinearChoices, NormBetween
 from llmapi._runtime.program import Call, Slot, call_of, torch_function
 from llmapi._runtime.step_buffers import StepShape
 from llmapi.config import EngineConfig
@@ -36,12 +38,14 @@ class CudaPlan:
 
     Attributes:
         decode, context: whether the step may have sequences of one token at its beginning, and others.
+        every: row ``i`` of the logits is that of token ``i``.
         counts: ``[4]`` on the GPU: sequences of one token at the beginning, sequences, tokens, rows of logits.
         seq_lens, query_start: the step's arrays.
     """
 
     decode: bool
     context: bool
+    every: bool
     counts: torch.Tensor
     seq_lens: torch.Tensor
     query_start: torch.Tensor
@@ -50,13 +54,13 @@ class CudaPlan:
     def of(cls, arrays: Mapping[str, torch.Tensor], shape: StepShape, decodes: int) -> CudaPlan:
         """For a step with this many sequences of one token at its beginning."""
         names = ("counts", "seq_lens", "query_start")
-        return cls(decodes > 0, decodes < shape.seqs, *(arrays[name] for name in names))
+        return cls(decodes > 0, decodes < shape.seqs, False, *(arrays[name] for name in names))
 
     @classmethod
     def any(cls, arrays: Mapping[str, torch.Tensor], shape: StepShape) -> CudaPlan:
         """For every step of a shape."""
         names = ("counts", "seq_lens", "query_start")
-        return cls(not shape.prompts, not shape.decode, *(arrays[name] for name in names))
+        return cls(not shape.prompts, not shape.decode, shape.decode, *(arrays[name] for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,11 @@ class Binder:
             groups.setdefault((gate, *weight.shape), []).append(weight)
         return [(key[0], weights) for key, weights in groups.items()]
 
+    def units(self, rows: tuple[int, ...]) -> list[Unit]:
+        """What norms in linear layers need compiled for these numbers of rows, by what was chosen for the layers."""
+        norms = [self._norm_between(node) for node in self._graph.nodes if node.op == "llmapi.add_rms_norm.default"]
+        return list(dict.fromkeys(unit for norm in norms if norm is not None for r in rows for unit in norm.units(r)))
+
     def begin(self, plan: CudaPlan) -> None:
         """Launch what divides the step's attention among the multiprocessors; once, before all layers."""
         if plan.context:
@@ -118,14 +127,18 @@ class Binder:
     def implement(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Call:
         """The call of a node; see :class:`llmapi._runtime.program.Program`."""
         if node.op == "aten.linear.default":
-            if self._uses.gate_of(node) is not None:
+            if self._uses.gate_of(node) is not None or self._uses.norm_of(node) is not None:
                 (slot,) = (a for a in args[:1] if isinstance(a, Slot))
-                return lambda env: env[slot]  # the activation that follows computes both
-            return call_of(CudaLinear(self.choices, args[1], args[2] if len(args) > 2 else None), args[:1], {})
+                return lambda env: env[slot]  # the activation or norm that follows computes both
+            return call_of(self._linear(node), args[:1], {})
+        if node.op == "llmapi.add_rms_norm.default":
+            between = self._norm_between(node)
+            if between is not None:
+                return call_of(between, args, kwargs)
         if node.op == "llmapi.gated_activation.default":
             producer = self._uses.nodes.get(node.args[0].name)
             if producer is not None and self._uses.gate_of(producer) is node:
-                return self._gated(producer, args)
+                return call_of(self._linear(producer), args[:1], {})
             return call_of(partial(gated_activation, self._gpu), args, kwargs)
         if node.op == "llmapi.rotary_kv_write.default":
             alone = self._uses.count[node.args[0].name] == 1
@@ -136,6 +149,8 @@ class Binder:
             return call_of(partial(self._rotary, write, fusion), args, kwargs, plan=True)
         if node.op == "llmapi.paged_attention.default":
             return call_of(self._attention, args, kwargs, plan=True)
+        if node.op == "aten.index_select.default" and node.args[1:] == (0, Ref("logits_indices")):
+            return call_of(_select, [args[0], args[2]], kwargs, plan=True)
         if node.op in OPS:
             launch = OPS[node.op].cuda
             if launch is None:
@@ -143,9 +158,17 @@ class Binder:
             return call_of(partial(launch, self._gpu), args, kwargs)
         return call_of(torch_function(node.op), args, kwargs)
 
-    def _gated(self, linear: Node, args: list[Any]) -> Call:
-        weight, *bias = (self._values[ref.name] for ref in linear.args[1:] if isinstance(ref, Ref))
-        return call_of(CudaLinear(self.choices, weight, bias[0] if bias else None, gate=str(args[1])), args[:1], {})
+    def _norm_between(self, norm: Node) -> NormBetween | None:
+        before, after = self._uses.nodes.get(norm.args[0].name), self._uses.after_norm(norm)
+        if before is None or after is None or self._uses.norm_of(before) is not norm:
+            return None
+        return NormBetween(self._gpu, self._linear(before), self._linear(after))
+
+    def _linear(self, node: Node) -> CudaLinear:
+        """A linear layer with the activation that follows it, if that is all that reads it."""
+        weight, *bias = (self._values[ref.name] for ref in node.args[1:] if isinstance(ref, Ref))
+        gate = self._uses.gate_of(node)
+        return CudaLinear(self.choices, weight, bias[0] if bias else None, None if gate is None else str(gate.args[1]))
 
     def _find_fusions(self, dtype: torch.dtype, group: int, rotated: int) -> dict[str, Fusion]:
         """The rotary nodes whose work attention can do: nobody else reads what they read and what they return."""
@@ -209,3 +232,7 @@ class Binder:
                 out, q, k_cache, v_cache, block_tables, seq_lens, query_start, plan.counts, planned=True, **options
             )
         return out
+
+
+def _select(x: torch.Tensor, rows: torch.Tensor, *, plan: CudaPlan) -> torch.Tensor:
+    return x if plan.every else x.index_select(0, rows)

@@ -1,4 +1,4 @@
-"""GraphUses: who reads what in a graph, and which activation follows a linear layer and nothing else does."""
+"""GraphUses: who reads what in a graph; which activation or norm is all that follows a linear layer."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class GraphUses:
         self.nodes = {node.name: node for node in graph.nodes}
         self.count = Counter(name for node in graph.nodes for name in _refs(node))
         self.count[graph.output.name] += 1
+        self._hidden = graph.projection()[1]
 
     def gate_of(self, linear: Node) -> Node | None:
         """The gated activation that is all that reads a linear layer's result."""
@@ -32,6 +33,29 @@ class GraphUses:
         for node in self._graph.nodes:
             if node.op == "llmapi.gated_activation.default" and node.args[0] == Ref(linear.name):
                 return node
+        return None
+
+    def norm_of(self, linear: Node) -> Node | None:
+        """The sum and RMSNorm that alone reads a linear layer's result, and that one linear layer alone reads."""
+        if linear.op != "aten.linear.default" or self.count[linear.name] != 1:
+            return None
+        for node in self._graph.nodes:
+            if node.op == "llmapi.add_rms_norm.default" and node.args[0] == Ref(linear.name):
+                return None if self.after_norm(node) is None else node
+        return None
+
+    def after_norm(self, norm: Node) -> Node | None:
+        """The linear layer that alone reads what a sum and RMSNorm gives first.
+
+        None for the projection to the vocabulary, whose input is read by others in steps that embed texts, and for a
+        layer that is followed by such a norm itself.
+        """
+        out = next((n for n in self._graph.nodes if n.op == "getitem" and n.args == (Ref(norm.name), 0)), None)
+        if out is None or self.count[out.name] != 1 or out.name == self._hidden.name:
+            return None
+        for node in self._graph.nodes:
+            if node.op == "aten.linear.default" and node.args[0] == Ref(out.name):
+                return None if self.norm_of(node) is not None else node
         return None
 
     def linears(self) -> Iterator[tuple[str, str | None]]:

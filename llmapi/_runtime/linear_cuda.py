@@ -10,7 +10,10 @@ import torch.nn.functional as F
 
 from llmapi._kernels.gated_activation_cuda import gated_activation
 from llmapi._kernels.gpu import Gpu
-from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
+from llmapi._kernels.norm_cuda import add_rms_norm
+from llmapi._kernels.nvrtc import Unit
+from llmapi._kernels.skinny_linear_cuda import SkinnyLinear, Unscaled
+from llmapi._kernels.skinny_linear_layout import SCALES, WRITES
 from llmapi.config import EngineConfig
 
 ROWS = (1, 8, 16, 32, 64, 128)
@@ -151,14 +154,96 @@ class CudaLinear:
     ) -> None:
         self._choices, self._weight, self._bias, self._gate = choices, weight, bias, gate
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | Unscaled) -> torch.Tensor:
         """``[T, in]`` to ``[T, out]``, or half as many columns with a gate."""
-        rows, (n, k) = x.shape[0], self._weight.shape
-        variant = self._choices.variant(rows, n, k, self._gate) if rows else None
+        values = x.rows if isinstance(x, Unscaled) else x
+        rows, n = values.shape[0], self._weight.shape[0]
+        variant = self._variant(rows)
         if variant is None:
+            assert not isinstance(x, Unscaled), "cuBLAS was given rows that wait for their norm"
             out = F.linear(x, self._weight, self._bias)
             return out if self._gate is None else gated_activation(self._choices.gpu, out, self._gate)
-        out = x.new_empty(rows, n if self._gate is None else n // 2)
+        out = values.new_empty(rows, n if self._gate is None else n // 2)
         assert self._choices.kernel is not None
         self._choices.kernel(out, x, self._weight, self._bias, gate=self._gate, variant=variant)
         return out
+
+    def can_norm(self, rows: int, norm: int) -> bool:
+        """Whether for so many rows this is the project's kernel, in a variant that does a part of a norm.
+
+        Args:
+            rows: of x.
+            norm: :data:`~llmapi._kernels.skinny_linear_layout.SCALES` or ``WRITES``.
+        """
+        variant, kernel = self._variant(rows), self._choices.kernel
+        n, k = self._weight.shape
+        return variant is not None and kernel is not None and kernel.norms(rows, n, k, variant, norm)
+
+    def units(self, rows: int, norm: int) -> list[Unit]:
+        """What a part of a norm will need compiled; nothing where :meth:`can_norm` says no.
+
+        Args:
+            rows, norm: as of :meth:`can_norm`.
+        """
+        variant, kernel = self._variant(rows), self._choices.kernel
+        if not self.can_norm(rows, norm) or variant is None or kernel is None:
+            return []
+        n, k = self._weight.shape
+        return [kernel.unit(rows, n, k, self._gate, variant, norm)]
+
+    def before_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float
+    ) -> tuple[Unscaled, torch.Tensor]:
+        """The RMSNorm of ``x @ weight.T + bias + residual``, for the layer that reads it to finish, and that sum.
+
+        Args:
+            x: ``[T, in]``; :meth:`can_norm` was asked.
+            residual: ``[T, out]``.
+            gain: ``[out]``, the norm's weight.
+            eps: the norm's.
+        """
+        kernel, variant = self._choices.kernel, self._variant(x.shape[0])
+        assert kernel is not None and variant is not None
+        total = torch.empty_like(residual)
+        unscaled = kernel.before_norm(total, x, self._weight, self._bias, residual, gain, eps, variant)
+        return unscaled, total
+
+    def _variant(self, rows: int) -> int | None:
+        n, k = self._weight.shape
+        return self._choices.variant(rows, n, k, self._gate) if rows else None
+
+
+class NormBetween:
+    """A linear layer, the sum of its result with a residual, and the RMSNorm of that, which one other layer reads.
+
+    Where the project's kernel computes both layers, the norm takes no launch: the first layer writes what the second
+    finishes.
+
+    Args:
+        gpu: the device.
+        before, after: the layers.
+    """
+
+    def __init__(self, gpu: Gpu, before: CudaLinear, after: CudaLinear) -> None:
+        self._gpu, self._before, self._after = gpu, before, after
+
+    def units(self, rows: int) -> list[Unit]:
+        """What so many rows will need compiled."""
+        before, after = self._before.units(rows, WRITES), self._after.units(rows, SCALES)
+        return before + after if before and after else []
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor | Unscaled, torch.Tensor]:
+        """What ``after`` reads, and the sum.
+
+        Args:
+            x: what ``before`` reads, ``[T, in]``.
+            residual: ``[T, out]``.
+            gain: ``[out]``, the norm's weight.
+            eps: the norm's.
+        """
+        rows = x.shape[0]
+        if self._before.can_norm(rows, WRITES) and self._after.can_norm(rows, SCALES):
+            return self._before.before_norm(x, residual, gain, eps)
+        return add_rms_norm(self._gpu, self._before(x), residual, gain, eps)

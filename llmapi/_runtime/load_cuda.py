@@ -64,6 +64,7 @@ def load_cuda(
             return dict(binder.choices.table)
 
         binder.choices.table = prepared.builder.tuning(key, prepared.label, measure)
+        gpu.prefetch(binder.units(rows))
 
     try:
         return CudaEngine(

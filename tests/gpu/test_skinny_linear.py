@@ -13,7 +13,7 @@ from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.nvrtc import Unit, compile_unit
 from llmapi._kernels.op import relative_error
 from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
-from llmapi._kernels.skinny_linear_layout import BUCKETS, Variant
+from llmapi._kernels.skinny_linear_layout import BUCKETS, SCALES, WRITES, Variant
 from llmapi.models.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +41,20 @@ def gpu() -> Iterator[Gpu]:
         for gate in (range(5) if bucket in (8, 16, 64, 128) and n == 2064 else [0])
         if (layout := product.layout(Variant.of(code), bucket, n, k))
     }
+    for bucket in BUCKETS:
+        for n1, k1, n2 in (
+            (1536, 576, 640),
+            (200, 1544, 2064),
+            (2064, 520, 208),
+            (4096, 264, 12304),
+            (2048, 1024, 4096),
+        ):
+            for n, k, norm in ((n1, k1, WRITES), (n2, n1, SCALES)):
+                layouts = [
+                    product.layout(Variant.of(code), bucket, n, k, norm) for code in product.variants(bucket, n, k)
+                ]
+                gates = (0, 1) if norm == SCALES else (0,)
+                wanted |= {layout.unit("bfloat16", gate) for layout in layouts if layout for gate in gates}
     with ThreadPoolExecutor() as pool:
         cubins.update(zip(wanted, pool.map(lambda unit: compile_unit(unit, gpu.arch), wanted), strict=True))
     yield gpu
@@ -181,8 +195,122 @@ def test_a_chain_in_a_graph(products: dict[torch.dtype, SkinnyLinear]) -> None:
             assert error <= 2e-2, (g.initial_seed(), rows, error)
 
 
+def rms_norm(h: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = h.double()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * gain.double()
+
+
+@pytest.mark.parametrize("gate", [None, "silu"])
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_a_norm_between_two_products(products: dict[torch.dtype, SkinnyLinear], bucket: int, gate: str | None) -> None:
+    """Every variant of the first product with every one of the second; rows of very different sizes."""
+    g, product = generator(), products[torch.bfloat16]
+    cases = {1, bucket - 3, bucket}
+    for (n1, k1), n2 in ((SIZES[0], 640), (SIZES[1], 2064), (SIZES[2], 208), ((4096, 264), 12304)):
+        first = [v for v in product.variants(bucket, n1, k1) if product.norms(bucket, n1, k1, v, WRITES)]
+        second = [v for v in product.variants(bucket, n2, n1) if product.norms(bucket, n2, n1, v, SCALES)]
+        assert len(first) > 1 and len(second) > 1
+        for rows in cases:
+            x, w1 = matrix(g, rows, k1, torch.bfloat16), matrix(g, n1, k1, torch.bfloat16, k1**-0.5)
+            w2 = matrix(g, n2, n1, torch.bfloat16, n1**-0.5)
+            bias, residual = matrix(g, 1, n1, torch.bfloat16)[0], matrix(g, rows, n1, torch.bfloat16)
+            residual *= torch.logspace(-3, 3, rows, device="cuda")[:, None].bfloat16()
+            gain = matrix(g, 1, n1, torch.bfloat16)[0].abs() + 0.5
+            true_sum = expected(x, w1, bias, residual)
+            pairs = [(a, second[i % len(second)]) for i, a in enumerate(first)]
+            pairs += [(first[i % len(first)], b) for i, b in enumerate(second)]
+            for a, b in pairs:
+                total = torch.full((rows, n1), float("nan"), dtype=torch.bfloat16, device="cuda")
+                unscaled = product.before_norm(total, x, w1, bias, residual, gain, 1e-3, a)
+                out = torch.full((rows, n2 // 2 if gate else n2), float("nan"), dtype=torch.bfloat16, device="cuda")
+                product(out, unscaled, w2, gate=gate, variant=b)
+                where = (g.initial_seed(), rows, (n1, k1), n2, a, b)
+                assert relative_error(total, true_sum) <= TOLERANCE[torch.bfloat16], where
+                true = expected(rms_norm(total, gain, 1e-3), w2, gate=gate)
+                scale = true.square().mean(-1, keepdim=True).sqrt()
+                error = relative_error(out.double() / scale, true / scale)  # every row counts as much
+                assert error <= 2 * TOLERANCE[torch.bfloat16], (*where, error)
+
+
+def test_a_norm_does_not_depend_on_other_rows_nor_on_the_moment(products: dict[torch.dtype, SkinnyLinear]) -> None:
+    g, product = generator(), products[torch.bfloat16]
+    x, w1 = matrix(g, 128, 1024, torch.bfloat16), matrix(g, 2048, 1024, torch.bfloat16, 0.03)
+    w2, residual = matrix(g, 4096, 2048, torch.bfloat16, 0.02), matrix(g, 128, 2048, torch.bfloat16)
+    gain = matrix(g, 1, 2048, torch.bfloat16)[0]
+
+    def run(rows: int, a: int, b: int) -> torch.Tensor:
+        total, out = x.new_empty(rows, 2048), x.new_empty(rows, 4096)
+        product(out, product.before_norm(total, x[:rows], w1, None, residual[:rows], gain, 1e-5, a), w2, variant=b)
+        return out
+
+    for a in product.variants(128, 2048, 1024):
+        for b in product.variants(128, 4096, 2048)[:2]:
+            if not product.norms(128, 2048, 1024, a, WRITES) or not product.norms(128, 4096, 2048, b, SCALES):
+                continue
+            whole = run(128, a, b)
+            for rows in (1, 3, 8, 16, 24, 32, 48, 64, 96, 128):
+                for _ in range(3):
+                    assert torch.equal(run(rows, a, b), whole[:rows]), (g.initial_seed(), a, b, rows)
+
+
+def test_norms_in_a_chain_in_a_graph(products: dict[torch.dtype, SkinnyLinear]) -> None:
+    """What a model's layers do, overlapping, replayed with new inputs."""
+    g, product = generator(), products[torch.bfloat16]
+    width, eps = 1024, 1e-5
+    layers = [
+        (
+            matrix(g, 3072, width, torch.bfloat16, 0.03),
+            matrix(g, width, 1536, torch.bfloat16, 0.03),
+            matrix(g, 1, width, torch.bfloat16)[0] + 1,
+        )
+        for _ in range(6)
+    ]
+    for rows in (1, 16, 64, 128):
+        x = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
+        inner, last = x.new_empty(rows, 1536), x.new_empty(rows, 3072)
+        down = next(v for v in product.variants(rows, width, 1536) if product.norms(rows, width, 1536, v, WRITES))
+        up = next(v for v in product.variants(rows, 3072, width) if product.norms(rows, 3072, width, v, SCALES))
+
+        def chain(
+            x: torch.Tensor = x,
+            inner: torch.Tensor = inner,
+            last: torch.Tensor = last,
+            up: int = up,
+            down: int = down,
+        ) -> torch.Tensor:
+            product(inner, x, layers[0][0], gate="silu")
+            total = x
+            for i, (_, w, gain) in enumerate(layers):
+                before, total = total, torch.empty_like(x)
+                unscaled = product.before_norm(total, inner, w, None, before, gain, eps, down)
+                if i + 1 < len(layers):
+                    product(inner, unscaled, layers[i + 1][0], gate="silu", variant=up)
+                else:
+                    product(last, unscaled, layers[0][0], variant=up)
+            return total
+
+        chain()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            total = chain()
+        for _ in range(10):
+            x.copy_(matrix(g, rows, width, torch.bfloat16))
+            graph.replay()
+            h, z = x, expected(x, layers[0][0], gate="silu")
+            for i, (_, w, gain) in enumerate(layers):
+                h = expected(z.bfloat16(), w, residual=h).bfloat16()
+                normed = rms_norm(h, gain, eps)
+                if i + 1 < len(layers):
+                    z = expected(normed, layers[i + 1][0], gate="silu")
+            assert relative_error(total, h) <= 2e-2, (g.initial_seed(), rows)
+            assert relative_error(last, expected(normed, layers[0][0])) <= 3e-2, (g.initial_seed(), rows)
+
+
 def test_refusals(products: dict[torch.dtype, SkinnyLinear], gpu: Gpu) -> None:
     product = products[torch.bfloat16]
+    # A sum times the norm's weight may be too large for float16.
+    assert not any(products[torch.float16].norms(8, 64, 64, v, WRITES) for v in product.variants(8, 64, 64))
     assert not product.supports(129, 64, 64) and not product.supports(1, 64, 63) and not product.supports(0, 64, 64)
     x = torch.zeros(2, 64, dtype=torch.bfloat16, device="cuda")
     weight, out = x.new_zeros(32, 64), x.new_zeros(2, 32)

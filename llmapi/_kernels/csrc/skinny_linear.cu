@@ -16,9 +16,14 @@
 //
 // With LLM_GATE a tile interleaves 4 gate rows with the 4 up rows that belong to them.
 //
+// An RMSNorm between two products of the bulk kernel costs no launch. norm(h) w^T is (h g) w^T times one number a row,
+// 1 / rms(h), h the sum with the residual and g the norm's weight. The first product (LLM_NORM 2) writes h, h g, and of
+// each block its share of h's squares; the second (LLM_NORM 1) reads h g as its x, adds the shares up beside its
+// products, and scales its sums.
+//
 // LLM_ROWS: M rounded up: 8, 16, 24, 32, 48, 64, 96, 128. LLM_BOXES: depth of a stage in 64 columns. LLM_GATE: 0 none, 1 silu,
 // 2 gelu, 3 gelu_tanh, 4 relu. LLM_BULK: which kernel. LLM_SUBTILES: a bulk tile's rows over 64, rounded up.
-// LLM_STAGES: of the ring of the other.
+// LLM_STAGES: of the ring of the other. LLM_NORM: 0 none, 1 scales, 2 writes what a norm needs.
 #include "skinny_linear.cuh"
 
 #ifndef LLM_ROWS
@@ -39,6 +44,9 @@
 #ifndef LLM_CLUSTER
 #define LLM_CLUSTER 1
 #endif
+#ifndef LLM_NORM
+#define LLM_NORM 0
+#endif
 #ifndef LLM_STAGES
 #define LLM_STAGES 4
 #endif
@@ -54,6 +62,7 @@ struct Args {
   const scalar_t *bias, *residual;
   int64_t out_stride, residual_stride;
   int rows, columns, tile_columns;  // M; columns of y, and of y in a tile
+  scalar_t* scaled;                 // with LLM_NORM 2: y times the gain, rows next to each other
 };
 
 DEVICE float activate(float x) {
@@ -133,8 +142,23 @@ DEVICE uint32_t load_residual(const Args& args, int tile, int subtile, int n, in
   return args.residual && at >= 0 ? __ldcg(reinterpret_cast<const unsigned*>(args.residual + at)) : 0;
 }
 
-DEVICE void finish(const float (&c)[4], const Bias& bias, const uint32_t (&residual)[HALVES], int tile, int subtile,
-                   int n, int thread, const Args& args) {
+// Two columns of a vector that y is to be multiplied by.
+struct Gain {
+  Vec<scalar_t, 2> of[HALVES];
+  DEVICE void load(const Args& args, const scalar_t* gain, int tile, int subtile, int thread) {
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) {
+      const int within = half_column(subtile, thread, h) + (thread >> 2 & 6);
+      const int column = tile * args.tile_columns + within;
+      if (within < args.tile_columns && column < args.columns)
+        of[h] = *reinterpret_cast<const Vec<scalar_t, 2>*>(gain + column);
+    }
+  }
+};
+
+// Returns the sum of squares of what this lane wrote, in LLM_NORM 2.
+DEVICE float finish(const float (&c)[4], const Bias& bias, const uint32_t (&residual)[HALVES], const Gain& gain,
+                    int tile, int subtile, int n, int thread, const Args& args) {
   float y[HALVES][2];
 #pragma unroll
   for (int j = 0; j < 2; j++) {
@@ -148,6 +172,7 @@ DEVICE void finish(const float (&c)[4], const Bias& bias, const uint32_t (&resid
 #endif
   }
   const bool odd = thread & 4;
+  float squares = 0.0f;
 #pragma unroll
   for (int h = 0; h < HALVES; h++) {
     const float other = __shfl_xor_sync(0xffffffffu, odd ? y[h][0] : y[h][1], 4);
@@ -155,15 +180,26 @@ DEVICE void finish(const float (&c)[4], const Bias& bias, const uint32_t (&resid
     const uint32_t pair = pack2(scalar_t(), (odd ? other : y[h][0]) + to_float(add.at[0]),
                                 (odd ? y[h][1] : other) + to_float(add.at[1]));
     const int64_t at = pair_index(args, args.out_stride, tile, subtile, n, h, thread);
-    if (at >= 0) *reinterpret_cast<uint32_t*>(args.out + at) = pair;
+    if (at < 0) continue;
+    *reinterpret_cast<uint32_t*>(args.out + at) = pair;
+#if LLM_NORM == 2
+    const Vec<scalar_t, 2> written = *reinterpret_cast<const Vec<scalar_t, 2>*>(&pair);
+    const float low = to_float(written.at[0]), high = to_float(written.at[1]);
+    squares += low * low + high * high;
+    *reinterpret_cast<uint32_t*>(args.scaled + pair_index(args, args.columns, tile, subtile, n, h, thread)) =
+        pack2(scalar_t(), low * to_float(gain.of[h].at[0]), high * to_float(gain.of[h].at[1]));
+#endif
   }
+  return squares;
 }
 
 #if LLM_BULK && __CUDA_ARCH__ >= 900
 
 constexpr int SUBTILES = LLM_SUBTILES, CLUSTER = LLM_CLUSTER, MOST_STAGES = 32;
 constexpr int TOKENS = ROWS / 8, BLOCKS = SUBTILES * TOKENS;  // of four accumulators, of a thread
-
+// Floats of sums that a block gets from others of its cluster.
+constexpr int PARTS = CLUSTER > 1 ? CEIL_DIV(BLOCKS, CLUSTER) * CLUSTER * THREADS * 4 : 0;
+constexpr int HELPERS = LLM_NORM == 1 ? 2 : 1;  // warps that do not multiply
 
 // Tile after tile of a block, and the units of each that are its own.
 struct Cursor {
@@ -194,33 +230,81 @@ DEVICE void multiply(float (&acc)[ACC], const uint8_t* stage, int subtile, int w
 #endif
 }
 
-// A warpgroup for every 64 rows of the tile, and one warp that copies.
-extern "C" __global__ void __launch_bounds__(SUBTILES * THREADS + 32, 1)
+// 1 / rms of every row, by one warp. squares: [parts][ROWS], what blocks found in their columns. Four lanes share four
+// rows, and each adds up every fourth part.
+DEVICE void row_scales(float* scales, const float* squares, int parts, int width, float eps) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = lane; i < CEIL_DIV(ROWS, 32) * 32; i += 32) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (i < ROWS) {
+      const float4* from = reinterpret_cast<const float4*>(squares) + i / 4;
+#pragma unroll 8
+      for (int part = i % 4; part < parts; part += 4) {
+        const float4 share = __ldcg(from + part * (ROWS / 4));
+        sum.x += share.x, sum.y += share.y, sum.z += share.z, sum.w += share.w;
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      sum.x += __shfl_xor_sync(0xffffffffu, sum.x, step), sum.y += __shfl_xor_sync(0xffffffffu, sum.y, step);
+      sum.z += __shfl_xor_sync(0xffffffffu, sum.z, step), sum.w += __shfl_xor_sync(0xffffffffu, sum.w, step);
+    }
+    if (i < ROWS && i % 4 == 0) {
+      scales[i] = rsqrtf(sum.x / width + eps), scales[i + 1] = rsqrtf(sum.y / width + eps);
+      scales[i + 2] = rsqrtf(sum.z / width + eps), scales[i + 3] = rsqrtf(sum.w / width + eps);
+    }
+  }
+}
+
+// A warpgroup for every 64 rows of the tile, one warp that copies, and with LLM_NORM 1 one that works out the scales.
+extern "C" __global__ void __launch_bounds__(SUBTILES * THREADS + HELPERS * 32, 1)
 #if LLM_CLUSTER > 1
     __cluster_dims__(LLM_CLUSTER, 1, 1)
 #endif
         skinny_linear_bulk(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap x,
                            scalar_t* out, int64_t out_stride, const scalar_t* bias, const scalar_t* residual,
                            int64_t residual_stride, int rows, int columns, int depth, int tiles, int tile_rows,
-                           int stages) {
+                           int stages, const scalar_t* gain, scalar_t* scaled, float* squares, int parts, float eps) {
   extern __shared__ uint8_t dynamic[];
   __shared__ uint64_t full[MOST_STAGES], empty[MOST_STAGES], received;
+#if LLM_NORM == 1
+  __shared__ uint64_t scales_ready;
+#endif
   uint8_t* ring = dynamic + (-shared_address(dynamic) & 1023);
   const int weight_box = tile_rows * 128, stage_bytes = BOXES * (weight_box + X_BOX);
   const int rank = blockIdx.x % CLUSTER, team = blockIdx.x / CLUSTER, teams = gridDim.x / CLUSTER;
   const int units = CEIL_DIV(depth, DEPTH), begin = units * rank / CLUSTER, end = units * (rank + 1) / CLUSTER;
+  // Behind the ring: [BLOCKS / CLUSTER][CLUSTER][THREADS], what the ranks have for the blocks that this one adds up; then
+  // [ROWS] scales, or [warps][ROWS] shares of squares.
+  float4* sums = reinterpret_cast<float4*>(ring + stages * stage_bytes + (SUBTILES * 64 - tile_rows) * 128);
+  [[maybe_unused]] float* of_rows = reinterpret_cast<float*>(sums) + PARTS;
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; i++) {
       barrier_init(full + i, 1);
       barrier_init(empty + i, SUBTILES * THREADS / 32);
     }
     barrier_init(&received, 1);
+#if LLM_NORM == 1
+    barrier_init(&scales_ready, 1);
+#endif
     barrier_init_fence();
     barrier_expect(&received, CEIL_DIV(BLOCKS - rank, CLUSTER) * (CLUSTER - 1) * THREADS * 16);
   }
   if (CLUSTER > 1) cluster_arrive();  // barriers are ready for what the others send
   __syncthreads();
 
+#if LLM_NORM == 1
+  if (threadIdx.x >= SUBTILES * THREADS + 32) {
+    pdl_wait();
+    row_scales(of_rows, squares, parts, depth, eps);
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(&scales_ready);
+    __syncwarp();
+    if (CLUSTER > 1) cluster_wait();
+    return;
+  }
+#endif
   if (threadIdx.x >= SUBTILES * THREADS) {
     if (threadIdx.x == SUBTILES * THREADS) {
       fetch_map(&weights);
@@ -267,7 +351,7 @@ extern "C" __global__ void __launch_bounds__(SUBTILES * THREADS + 32, 1)
   }
 
   const Args args = {out, bias, residual, out_stride, residual_stride, rows, columns,
-                     LLM_GATE ? tile_rows / 2 : tile_rows};
+                     LLM_GATE ? tile_rows / 2 : tile_rows, scaled};
   const int subtile = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
   pdl_wait();
   if (CLUSTER > 1) cluster_wait();
@@ -285,6 +369,13 @@ extern "C" __global__ void __launch_bounds__(SUBTILES * THREADS + 32, 1)
         for (int h = 0; h < HALVES; h++)
           residual_of[n][h] = owner(n) == rank ? load_residual(args, tile, subtile, n, h, thread) : 0;
     };
+    Gain gain_of;
+#if LLM_NORM == 2
+    gain_of.load(args, gain, tile, subtile, thread);
+    float squares_of[TOKENS];
+#pragma unroll
+    for (int n = 0; n < TOKENS; n++) squares_of[n] = 0.0f;
+#endif
     if (ROWS <= 64) load_residuals();  // more would not stay in registers
     float acc[ACC];
     for (int unit = begin; unit < end; unit++) {
@@ -294,12 +385,10 @@ extern "C" __global__ void __launch_bounds__(SUBTILES * THREADS + 32, 1)
       if ((thread & 31) == 0) barrier_arrive(empty + slot);
       if (++slot == stages) slot = 0, parity ^= 1;
     }
-    // [BLOCKS / CLUSTER][CLUSTER][THREADS]: what the ranks have for the blocks that this one adds up.
-    float4* parts = reinterpret_cast<float4*>(ring + stages * stage_bytes + (SUBTILES * 64 - tile_rows) * 128);
     if (CLUSTER > 1) {
 #pragma unroll
       for (int n = 0; n < TOKENS; n++) {
-        const float4* to = parts + ((subtile * TOKENS + n) / CLUSTER * CLUSTER + rank) * THREADS + thread;
+        const float4* to = sums + ((subtile * TOKENS + n) / CLUSTER * CLUSTER + rank) * THREADS + thread;
         if (owner(n) != rank)
           cluster_store(cluster_address(to, owner(n)), acc[n * 4], acc[n * 4 + 1], acc[n * 4 + 2], acc[n * 4 + 3],
                         cluster_address(&received, owner(n)));
@@ -307,6 +396,9 @@ extern "C" __global__ void __launch_bounds__(SUBTILES * THREADS + 32, 1)
     }
     if (ROWS > 64) load_residuals();
     if (CLUSTER > 1 && rank < BLOCKS) barrier_wait_cluster(&received, 0);
+#if LLM_NORM == 1
+    barrier_wait(&scales_ready, 0);
+#endif
 #pragma unroll
     for (int n = 0; n < TOKENS; n++) {
       if (owner(n) != rank) continue;
@@ -316,13 +408,38 @@ extern "C" __global__ void __launch_bounds__(SUBTILES * THREADS + 32, 1)
 #pragma unroll
         for (int from = 0; from < CLUSTER; from++) {
           float4 part = make_float4(c[0], c[1], c[2], c[3]);
-          if (from != rank) part = parts[((subtile * TOKENS + n) / CLUSTER * CLUSTER + from) * THREADS + thread];
+          if (from != rank) part = sums[((subtile * TOKENS + n) / CLUSTER * CLUSTER + from) * THREADS + thread];
           sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
         }
         c[0] = sum.x, c[1] = sum.y, c[2] = sum.z, c[3] = sum.w;
       }
-      finish(c, bias_of, residual_of[n], tile, subtile, n, thread, args);
+#if LLM_NORM == 1
+      const float2 scale = *reinterpret_cast<const float2*>(of_rows + n * 8 + (thread & 3) * 2);
+      c[0] *= scale.x, c[1] *= scale.y, c[2] *= scale.x, c[3] *= scale.y;
+#endif
+      const float found = finish(c, bias_of, residual_of[n], gain_of, tile, subtile, n, thread, args);
+#if LLM_NORM == 2
+      squares_of[n] = found;
+#endif
     }
+#if LLM_NORM == 2
+    // A row's columns are with the lanes that differ in bits 3 and 4, and with all warps.
+#pragma unroll
+    for (int n = 0; n < TOKENS; n++) {
+      float sum = squares_of[n];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+      if ((thread & 24) == 0) of_rows[(threadIdx.x >> 5) * ROWS + n * 8 + (thread & 3) * 2 + (thread >> 2 & 1)] = sum;
+    }
+    ptx::bar_sync<SUBTILES * THREADS>(1);
+    for (int row = threadIdx.x; row < ROWS; row += SUBTILES * THREADS) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int warp = 0; warp < SUBTILES * THREADS / 32; warp++) sum += of_rows[warp * ROWS + row];
+      squares[((int64_t)tile * CLUSTER + rank) * ROWS + row] = sum;
+    }
+    ptx::bar_sync<SUBTILES * THREADS>(1);
+#endif
   }
 }
 
@@ -392,7 +509,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                        int tiles) {
   extern __shared__ uint8_t dynamic[];
   uint8_t* ring = dynamic + (-shared_address(dynamic) & 1023);
-  const Args args = {out, bias, residual, out_stride, residual_stride, rows, columns, TILE_OUT};
+  const Args args = {out, bias, residual, out_stride, residual_stride, rows, columns, TILE_OUT, nullptr};
   const Deal deal(tiles, depth);
   const int begin = deal.begin(blockIdx.x), end = deal.begin(blockIdx.x + 1);
   const int thread = threadIdx.x, chunk = thread & 7;
@@ -468,7 +585,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
     for (int n = 0; n < ROWS / 8; n++) {
       const float c[4] = {acc[n * 4], acc[n * 4 + 1], acc[n * 4 + 2], acc[n * 4 + 3]};
-      finish(c, bias_of, residual_of[n], tile, 0, n, thread, args);
+      finish(c, bias_of, residual_of[n], Gain(), tile, 0, n, thread, args);
     }
   }
 }
