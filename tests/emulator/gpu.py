@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -132,8 +133,9 @@ class EmulatedKernel:
         for rank in range(1, self._cluster):  # each block of a cluster has __shared__ variables of its own
             copy = path.with_suffix(f".{rank}.so")
             if not copy.exists():
-                shutil.copy(path, copy.with_suffix(".part"))
-                copy.with_suffix(".part").replace(copy)
+                own = copy.with_suffix(f".{os.getpid()}.part")
+                shutil.copy(path, own)
+                own.replace(copy)
             copies.append(_load_unit(copy))
         self._units = (ctypes.c_void_p * len(copies))(*copies)
         self._static: int = runtime.emulated_static_shared(first)
