@@ -22,8 +22,8 @@ MODULES.append("plugins")
 FULL = ("sm_75", "sm_80", "sm_90a", "sm_120")
 """Architectures for which every specialization is compiled; on the others one of each source, for the sake of time."""
 
-LIKE_ANOTHER = ("sm_86", "sm_89", "sm_103")
-"""Architectures for which every source says the same as for sm_80 and sm_100."""
+LIKE_ANOTHER = ("sm_86", "sm_89", "sm_100", "sm_103")
+"""Architectures for which every source says the same as for sm_80 and sm_120."""
 
 HOPPERS = [path.name for path in CSRC.glob("*.cu") if "wgmma" in path.read_text()]
 """Sources whose accumulators must all have registers on sm_90a, which the compiler says only where it optimizes."""
