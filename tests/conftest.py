@@ -22,11 +22,19 @@ def ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder of all processes of this run of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> NativeKernels | str:
-    """The kernels, or why there are none."""
+    """The kernels, or why there are none; compiled once for all processes of this run of the tests."""
     try:
-        return obtain(Store(tmp_path_factory.mktemp("cpu-kernels")))
+        return obtain(Store(shared_folder(tmp_path_factory, "cpu-kernels")))
     except NoKernels as error:
         return str(error)
 
@@ -44,10 +52,7 @@ def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where kernels are compiled to, once for all processes of this run of the tests."""
     if build.COMPILER is None:
         pytest.skip(build.MISSING)
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "emulated"
-    folder.mkdir(exist_ok=True)
-    return folder
+    return shared_folder(tmp_path_factory, "emulated")
 
 
 @pytest.fixture(scope="session")

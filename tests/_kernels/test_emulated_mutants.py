@@ -283,7 +283,8 @@ def small_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(folder: Path, check: str, sources: build.Sources | None = None) -> EmulatedGpu:
     """A GPU on which 20 rows are split over two blocks each, where there are clusters."""
-    return EmulatedGpu(folder, sms=40, capability=(9, 0) if check.endswith("clusters") else (8, 0), sources=sources)
+    capability = (9, 0) if check.endswith("clusters") else (8, 0)
+    return EmulatedGpu(folder, sms=40, capability=capability, sources=sources, hasty=True)
 
 
 @pytest.mark.parametrize("check", CHECKS)

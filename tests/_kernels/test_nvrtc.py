@@ -22,29 +22,68 @@ MODULES.append("plugins")
 FULL = ("sm_75", "sm_80", "sm_90a", "sm_120")
 """Architectures for which every specialization is compiled; on the others one of each source, for the sake of time."""
 
+LIKE_ANOTHER = ("sm_86", "sm_89", "sm_100", "sm_103")
+"""Architectures for which every source says the same as for sm_80 and sm_120."""
 
-def to_compile(module: str, arch: str) -> Iterator[Unit]:
-    """What of a module's units this test compiles for an architecture."""
+HOPPERS = [path.name for path in CSRC.glob("*.cu") if "wgmma" in path.read_text()]
+"""Sources whose accumulators must all have registers on sm_90a, which the compiler says only where it optimizes."""
+
+QUICK = "--Ofast-compile=max"
+"""Front end and assembler refuse the same things, without the optimizer's time, which is most of it."""
+
+
+def to_compile(module: str, arch: str) -> Iterator[tuple[Unit, bool]]:
+    """What of a module's units this test compiles for an architecture, and whether the quick way will do.
+
+    As users get it: the last specialization of each source (in clusters, if any), and all of Hopper's own.
+    """
     types = DTYPE_MACRO if arch == "sm_90a" else ["float16" if arch == "sm_75" else "bfloat16"]  # Turing: no bfloat16
     for dtype in types:
         units = importlib.import_module(f"llmapi._kernels.{module}").units(dtype)
         if arch < "sm_90" and not arch.startswith("sm_1"):
             units = [unit for unit in units if int(dict(unit.defines).get("SPLIT", 1)) == 1]  # no clusters there
-        seen = set()
+        first, last = {unit.source: unit for unit in reversed(units)}, {unit.source: unit for unit in units}
         for unit in units:
-            if arch in FULL or unit.source not in seen:
-                seen.add(unit.source)
-                yield unit
+            if arch not in FULL:
+                if unit == first[unit.source]:
+                    yield unit, arch in LIKE_ANOTHER
+            elif arch == "sm_90a" and dtype != "bfloat16":
+                yield unit, True
+            else:
+                yield unit, unit != last[unit.source] and not (arch == "sm_90a" and unit.source in HOPPERS)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("module", MODULES)
-def test_every_kernel_compiles_for_every_architecture(module: str, arch: str) -> None:
-    units = list(to_compile(module, arch))
-    assert units or module == "skinny_linear_cuda"
-    with ThreadPoolExecutor(2) as pool:
-        for unit, code in zip(units, pool.map(lambda unit: compile_unit(unit, arch), units), strict=True):
-            assert code[:4] == b"\x7fELF", unit.label
+def test_every_kernel_compiles_for_every_architecture(module: str, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = dict.fromkeys(to_compile(module, arch))
+    assert found or module == "skinny_linear_cuda"
+    for quick, options in ((False, nvrtc._OPTIONS), (True, (*nvrtc._OPTIONS, QUICK))):
+        monkeypatch.setattr(nvrtc, "_OPTIONS", options)
+        units = [unit for unit, is_quick in found if is_quick == quick]
+        with ThreadPoolExecutor(2) as pool:
+            for unit, code in zip(units, pool.map(lambda unit: compile_unit(unit, arch), units), strict=True):
+                assert code[:4] == b"\x7fELF", unit.label
+
+
+@pytest.mark.parametrize("options", [(), (QUICK,)], ids=["as users get it", "quick"])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("float* y = x;", "cannot be used to initialize"),
+        ('asm volatile("cp.async.wait_group 0;");', "requires .target sm_80 or higher"),
+        ("__shared__ int s[20000]; s[x[0]] = 1; __syncthreads(); x[1] = s[x[2]];", "too much shared data"),
+        ("extern __device__ int g(int); x[0] = g(x[1]);", "Unresolved extern function"),
+    ],
+)
+def test_both_ways_of_the_compiler_notice(
+    body: str, message: str, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.cu").write_text(f'extern "C" __global__ void f(int* x) {{ {body} }}')
+    monkeypatch.setattr(nvrtc, "CSRC", tmp_path)
+    monkeypatch.setattr(nvrtc, "_OPTIONS", (*nvrtc._OPTIONS, *options))
+    with pytest.raises(BuildError, match=message):
+        compile_unit(Unit.of("bad.cu"), "sm_75")
 
 
 def test_every_source_belongs_to_a_unit() -> None:

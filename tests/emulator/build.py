@@ -23,7 +23,7 @@ Sources = Mapping[str, str]
 
 _FLAGS = ("-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-w")
 _UNIT_FLAGS = (
-    "-O1",
+    "-D_GLIBCXX_INCLUDE_NEXT_C_HEADERS",  # <math.h> is C's: that of C++ takes longer than most kernels
     "-ffp-contract=off",
     "-fno-strict-aliasing",
     # What a GPU would fault at or answer otherwise becomes a trap, which the runtime reports.
@@ -66,7 +66,7 @@ def runtime(folder: Path) -> Path:
     return out
 
 
-def shared_object(unit: Unit, arch: str, folder: Path, texts: Sources) -> Path:
+def shared_object(unit: Unit, arch: str, folder: Path, texts: Sources, *, optimize: bool = True) -> Path:
     """A unit, compiled; one that is in the folder already is not compiled again.
 
     Args:
@@ -74,13 +74,15 @@ def shared_object(unit: Unit, arch: str, folder: Path, texts: Sources) -> Path:
         arch: whose code is meant, such as ``"sm_80"``: the value of ``__CUDA_ARCH__``.
         folder: where to keep it; several processes may share it.
         texts: the sources.
+        optimize: whether it shall run fast; compiling then takes twice as long.
 
     Raises:
         BuildFailure: it does not compile.
     """
     used = _included(unit.source, texts)
     staged = folder / f"sources-{_digest(*used, *(texts[name] for name in used))}"
-    out = staged / f"{_digest(unit.label, arch, _headers())}.so"
+    level = "-O1" if optimize else "-O0"
+    out = staged / f"{_digest(unit.label, arch, level, _headers())}.so"
     if out.exists():
         return out
     staged.mkdir(exist_ok=True)
@@ -91,7 +93,7 @@ def shared_object(unit: Unit, arch: str, folder: Path, texts: Sources) -> Path:
     _write(main, f'#include "{unit.source}"\nEMULATED_UNIT({listed})\n')
     number = re.findall(r"\d+", arch)[0]
     macros = {"__CUDA_ARCH__": f"{number}0", "__CUDACC__": "1", **dict(unit.defines)}
-    options = [*_FLAGS, *_UNIT_FLAGS, *(f"-D{name}={value}" for name, value in macros.items())]
+    options = [*_FLAGS, level, *_UNIT_FLAGS, *(f"-D{name}={value}" for name, value in macros.items())]
     options += [f"-I{HERE / 'include'}", "-include", "cuda_shim.h", str(main)]
     _compile(options, out, unit.label)
     return out

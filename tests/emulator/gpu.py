@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from tests.emulator import build
 
 _USUAL_SHARED = 48 << 10  # bytes that a block gets without being asked for before
 _SECONDS = 60  # of processor time that a launch may take
+_SECONDS_OF_HASTY = 10  # where kernels run on little
 
 
 class EmulationError(Exception):
@@ -40,6 +42,8 @@ class EmulatedGpu:
         sms: multiprocessors, by which launches are sized.
         shared_memory: bytes of shared memory that a block may have.
         sources: texts of the kernels, if not the project's own.
+        hasty: for kernels that run a few times, on little: they are compiled where they are launched first, are not
+            optimized, and are soon given up.
 
     Attributes:
         seed: of the order in which threads run; goes up by one with each launch.
@@ -53,6 +57,7 @@ class EmulatedGpu:
         sms: int = 4,
         shared_memory: int = 99 << 10,
         sources: build.Sources | None = None,
+        hasty: bool = False,
     ) -> None:
         self.device = torch.device("cpu")
         self.capability, self.sms, self.shared_memory = capability, sms, shared_memory
@@ -61,7 +66,7 @@ class EmulatedGpu:
         self.overlap = capability >= (9, 0)
         self.l2_bytes = 1 << 20
         self.seed = 0
-        self._folder = folder
+        self.hasty, self._folder = hasty, folder
         self._sources = build.sources() if sources is None else sources
         self._runtime = _load_runtime(folder)
         self._kernels: dict[tuple[Unit, str], EmulatedKernel] = {}
@@ -81,16 +86,21 @@ class EmulatedGpu:
         """
         found = self._kernels.get((unit, entry))
         if found is None:
-            path = build.shared_object(unit, self.arch, self._folder, self._sources)
-            found = self._kernels[unit, entry] = EmulatedKernel(self, path, unit, entry, signature, shared)
+            found = EmulatedKernel(self, unit, entry, signature, shared)
+            if not self.hasty:
+                found.load()
+            self._kernels[unit, entry] = found
         return found
+
+    def compiled(self, unit: Unit) -> Path:
+        """The shared object of a unit."""
+        return build.shared_object(unit, self.arch, self._folder, self._sources, optimize=not self.hasty)
 
     def prefetch(self, units: Iterable[Unit]) -> None:
         """Compile units, two at a time."""
-        with ThreadPoolExecutor(2) as pool:
-            list(
-                pool.map(lambda u: build.shared_object(u, self.arch, self._folder, self._sources), dict.fromkeys(units))
-            )
+        if not self.hasty:
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(self.compiled, dict.fromkeys(units)))
 
     def close(self) -> None:
         """See :meth:`llmapi._kernels.gpu.Gpu.close`."""
@@ -100,9 +110,15 @@ class EmulatedGpu:
 class EmulatedKernel:
     """One entry point; see :class:`llmapi._kernels.gpu.Kernel`."""
 
-    def __init__(self, gpu: EmulatedGpu, path: Path, unit: Unit, entry: str, signature: str, shared: int) -> None:
-        self._gpu, self._entry, self._signature, self._label = gpu, entry, signature, f"{entry} of {unit.label}"
-        self._runtime = runtime = gpu._runtime
+    def __init__(self, gpu: EmulatedGpu, unit: Unit, entry: str, signature: str, shared: int) -> None:
+        self._gpu, self._unit, self._entry, self._signature, self._shared = gpu, unit, entry, signature, shared
+        self._label, self._runtime = f"{entry} of {unit.label}", gpu._runtime
+        self._loaded = False
+
+    def load(self) -> None:
+        """Compile it, if nobody has, and see that it is what was asked for."""
+        gpu, unit, entry, signature, runtime = self._gpu, self._unit, self._entry, self._signature, self._runtime
+        path = gpu.compiled(unit)
         first = _load_unit(path)
         found = runtime.emulated_entry(first, entry.encode())
         if not found:
@@ -117,13 +133,17 @@ class EmulatedKernel:
         for rank in range(1, self._cluster):  # each block of a cluster has __shared__ variables of its own
             copy = path.with_suffix(f".{rank}.so")
             if not copy.exists():
-                shutil.copy(path, copy.with_suffix(".part"))
-                copy.with_suffix(".part").replace(copy)
+                own = copy.with_suffix(f".{os.getpid()}.part")
+                shutil.copy(path, own)
+                own.replace(copy)
             copies.append(_load_unit(copy))
         self._units = (ctypes.c_void_p * len(copies))(*copies)
         self._static: int = runtime.emulated_static_shared(first)
         # Gpu asks for more than the usual 48 KiB only where the dynamic part alone is larger.
-        self._most = min(gpu.shared_memory, shared + self._static if shared > _USUAL_SHARED else _USUAL_SHARED)
+        self._most = min(
+            gpu.shared_memory, self._shared + self._static if self._shared > _USUAL_SHARED else _USUAL_SHARED
+        )
+        self._loaded = True
 
     def __call__(self, grid: tuple[int, int, int], block: int, *args: Any, shared: int = 0) -> None:
         """Run a launch to its end.
@@ -133,6 +153,8 @@ class EmulatedKernel:
         Raises:
             EmulationError: the launch is one that CUDA refuses, or the kernel is wrong.
         """
+        if not self._loaded:
+            self.load()
         x, y, z = grid
         if not (0 < x < 1 << 31 and 0 < y < 1 << 16 and 0 < z < 1 << 16 and 0 < block <= 1024) or x % self._cluster:
             raise EmulationError(
@@ -156,7 +178,7 @@ class EmulatedKernel:
             self._gpu.seed += 1
             wrong = self._runtime.emulated_launch(
                 self._units, self._entry.encode(), (ctypes.c_uint32 * 3)(*grid), block, shared, pointers,
-                self._gpu.seed, _SECONDS,
+                self._gpu.seed, min(_SECONDS, _SECONDS_OF_HASTY) if self._gpu.hasty else _SECONDS,
             )  # fmt: skip
             message = wrong.decode() if wrong else ""
             address = self._runtime.emulated_fault_address()

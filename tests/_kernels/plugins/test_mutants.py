@@ -106,7 +106,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_kernels_pass(check: str, kernel_folder: Path) -> None:
-    CHECKS[check](EmulatedGpu(kernel_folder))
+    CHECKS[check](EmulatedGpu(kernel_folder, hasty=True))
 
 
 @pytest.mark.parametrize("at", range(len(MUTANTS)), ids=lambda i: f"{i}-{MUTANTS[i][0]}-{MUTANTS[i][3]}")
@@ -114,6 +114,6 @@ def test_a_mistake_is_noticed(at: int, kernel_folder: Path) -> None:
     name, old, new, check = MUTANTS[at]
     texts = build.sources()
     assert old in texts[name], f"{name} no longer says {old!r}: choose another mistake"
-    gpu = EmulatedGpu(kernel_folder, sources={**texts, name: texts[name].replace(old, new)})
+    gpu = EmulatedGpu(kernel_folder, sources={**texts, name: texts[name].replace(old, new)}, hasty=True)
     with pytest.raises((AssertionError, EmulationError)):
         CHECKS[check](gpu)
