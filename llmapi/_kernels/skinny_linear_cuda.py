@@ -1,4 +1,4 @@
-"""Launches ``csrc/skinny_linear.cu``: products of a few rows with a weight, bound by the rate of reading weights."""
+"""Launches ``csrc/skinny_linear*.cu``: products of a few rows with a weight, bound by the rate of reading weights."""
 
 from __future__ import annotations
 

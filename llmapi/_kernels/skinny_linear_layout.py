@@ -1,4 +1,4 @@
-"""How a skinny product is laid out on a GPU: variants of ``csrc/skinny_linear.cu``, tiles, stages and shared memory."""
+"""How a skinny product is laid out on a GPU: variants of ``csrc/skinny_linear*.cu``, tiles, stages, shared memory."""
 
 from __future__ import annotations
 
@@ -143,17 +143,9 @@ class Layout:
             dtype: ``"float16"`` or ``"bfloat16"``.
             gate: a value of :data:`GATES`.
         """
-        own: dict[str, int]
-        if self.variant.cluster:
-            own = {"LLM_BULK": 1, "LLM_CLUSTER": self.variant.cluster, "LLM_SUBTILES": -(-self.tile_rows // 64)}
-            own |= {"LLM_NORM": self.norm}
-        else:
-            own = {"LLM_BULK": 0, "LLM_STAGES": self.stages}
-        return Unit.of(
-            "skinny_linear.cu",
-            LLM_DTYPE=DTYPE_MACRO[dtype],
-            LLM_ROWS=self.bucket,
-            LLM_BOXES=self.variant.boxes,
-            LLM_GATE=gate,
-            **own,
-        )
+        common = {"LLM_ROWS": self.bucket, "LLM_BOXES": self.variant.boxes, "LLM_GATE": gate}
+        if not self.variant.cluster:
+            return Unit.of("skinny_linear_copy.cu", LLM_DTYPE=DTYPE_MACRO[dtype], **common, LLM_STAGES=self.stages)
+        subtiles = -(-self.tile_rows // 64)
+        own = {"LLM_CLUSTER": self.variant.cluster, "LLM_SUBTILES": subtiles, "LLM_NORM": self.norm}
+        return Unit.of("skinny_linear.cu", LLM_DTYPE=DTYPE_MACRO[dtype], **common, **own)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from llmapi._build.export import export_graph
 from llmapi._build.tensor_file import TensorFile
-from llmapi._kernels import relative_error
-from llmapi._kernels.skinny_linear_cuda import Unscaled
+from llmapi._kernels import relative_error, skinny_linear_cuda
+from llmapi._kernels.skinny_linear_cuda import SkinnyLinear, Unscaled
 from llmapi._kernels.skinny_linear_layout import SCALES, WRITES
 from llmapi._runtime import linear_cuda
 from llmapi._runtime.engine_cuda import CudaEngine
@@ -28,6 +28,7 @@ from llmapi.config import EngineOptions, KvCacheConfig, resolve
 from llmapi.models.activations import ACTIVATIONS
 from llmapi.models.transformer import constants
 from tests._runtime.test_engine_emulated import WholeGpu
+from tests.emulator.tensor_map import EmulatedTensorMap
 from tests.models.test_parity import CASES, run, write_model
 from tests.tiny import VOCAB, tiny_config, tiny_model
 
@@ -79,6 +80,18 @@ class PlainProduct:
         return Unscaled(out * gain, squares, eps)
 
 
+def make_engine(model: Any, path: Path, kernels: Path, dtype: str) -> CudaEngine:
+    """On an emulated GPU after Hopper, whose attention is not Hopper's own."""
+    spec = write_model(model, path, dtype)
+    kv = KvCacheConfig(max_tokens=64 * 16, block_size=16)
+    options = EngineOptions(backend="cpu", dtype=dtype, max_seq_len=256, max_batch_size=16, kv_cache=kv)
+    graph = export_graph(spec)
+    gpu: Any = WholeGpu(kernels, capability=(10, 0), shared_memory=227 << 10)
+    file = TensorFile(path)
+    weights = {i.name: file.read(i.parts) for i in graph.inputs if i.kind == "weight"}
+    return CudaEngine(graph, lambda: weights, constants(spec), spec, resolve(options, spec), gpu=gpu, utilization=0.9)
+
+
 class Engines:
     """Makes emulated engines whose linear layers are a :class:`PlainProduct`'s."""
 
@@ -101,20 +114,10 @@ class Engines:
         family, overrides = CASES[case]
         wide = {"n_embd": 256} if family == "gpt2" else WIDE
         model = tiny_model(tiny_config(family, **{**wide, **overrides}))
-        path = self._folder / "model.safetensors"
-        spec = write_model(model, path, "float32")
-        kv = KvCacheConfig(max_tokens=64 * 16, block_size=16)
-        options = EngineOptions(backend="cpu", dtype="float32", max_seq_len=256, max_batch_size=16, kv_cache=kv)
-        graph = export_graph(spec)
-        gpu: Any = WholeGpu(self._kernels)
-        file = TensorFile(path)
-        weights = {i.name: file.read(i.parts) for i in graph.inputs if i.kind == "weight"}
-        engine = CudaEngine(
-            graph, lambda: weights, constants(spec), spec, resolve(options, spec), gpu=gpu, utilization=0.9
-        )
+        engine = make_engine(model, self._folder / "model.safetensors", self._kernels, "float32")
         self._made.append(engine)
         self.product.calls.clear()
-        return engine, model, GraphUses(graph)
+        return engine, model, GraphUses(engine._binder._graph)
 
     def close(self) -> None:
         for engine in self._made:
@@ -152,6 +155,37 @@ def test_every_norm_between_layers_is_taken_over(case: str, engines: Engines) ->
     assert done.count("before") == done.count("scaled") > 0
     assert done.count("before") % (2 * layers - 1) == 0
     assert not any(what == "scaled" and n == VOCAB for what, _, n in engines.product.calls)
+
+
+def test_the_kernels_themselves_in_sixteen_bits(
+    tmp_path: Path, kernel_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the emulator, as a GPU after Hopper runs them: no farther from float32 than transformers in the same type."""
+    monkeypatch.setattr(skinny_linear_cuda, "TensorMap", EmulatedTensorMap)
+
+    def variant(choices: LinearChoices, rows: int, n: int, k: int, gate: str | None) -> int | None:
+        if not 0 < rows <= 128 or n % 8:
+            return None
+        return 21 if n > k else 11  # a tile to every two blocks, and to each
+
+    monkeypatch.setattr(LinearChoices, "variant", variant)
+    calls: list[int] = []
+    known = SkinnyLinear.before_norm
+    monkeypatch.setattr(
+        SkinnyLinear, "before_norm", lambda self, *args: (calls.append(len(args[0])), known(self, *args))[1]
+    )
+    model = tiny_model(tiny_config("llama", **WIDE, num_key_value_heads=2))
+    expected = truth(model)
+    engine = make_engine(model, tmp_path / "model.safetensors", kernel_folder, "bfloat16")
+    try:
+        ours = relative_error(parts_of(engine), expected)
+    finally:
+        engine.close()
+        EmulatedTensorMap.made.clear()
+    theirs = relative_error(truth(model.to(torch.bfloat16)), expected)
+    assert ours < 1.2 * theirs + 1e-3, (ours, theirs)
+    assert calls.count(1) and calls.count(1) % (2 * model.config.num_hidden_layers - 1) == 0
+    assert max(calls) > 8  # steps with prompts, too
 
 
 def test_layer_norms_stay_what_they_are(engines: Engines) -> None:

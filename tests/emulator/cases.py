@@ -12,7 +12,10 @@ from llmapi._kernels import OPS, Op, relative_error
 from llmapi._kernels.decode_attention_cuda import Form
 from llmapi._kernels.nvrtc import Unit
 from llmapi._kernels.paged_attention import PAGED_ATTENTION
+from llmapi._kernels.skinny_linear_cuda import SkinnyLinear
+from llmapi._kernels.skinny_linear_layout import Variant
 from llmapi._runtime.sampler import Sampler
+from llmapi.models.activations import ACTIVATIONS
 from tests.emulator.gpu import EmulatedGpu
 from tests.gpu import test_context_attention as context_tests
 from tests.gpu import test_decode_attention as decode_tests
@@ -178,3 +181,77 @@ def greedy_ties(gpu: EmulatedGpu) -> None:
         x[:, : vocab // 2] -= 1
         got = sample_tests.make(gpu, vocab, torch.float32)(x, [sample_tests.row(temperature=0)] * 6)  # type: ignore[arg-type]
         assert [s.token_ids for s in got] == [[int(row.argmax())] for row in x]
+
+
+def _skinny_inputs(rows: int, n: int, k: int, dtype: torch.dtype, columns: int) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(SEED + rows)
+    x, weight = torch.randn(rows, k, generator=g).to(dtype), (torch.randn(n, k, generator=g) * k**-0.5).to(dtype)
+    return x, weight, torch.randn(n, generator=g).to(dtype), torch.randn(rows, columns, generator=g).to(dtype)
+
+
+def _skinny(
+    product: SkinnyLinear, rows: int, n: int, k: int, dtype: torch.dtype, variant: int, gate: str | None = None
+) -> None:
+    """One variant with bias and residual."""
+    columns = n // 2 if gate else n
+    x, weight, bias, residual = _skinny_inputs(rows, n, k, dtype, columns)
+    out = torch.full((rows, columns), float("nan"), dtype=dtype)
+    product(out, x, weight, bias, residual=residual, gate=gate, variant=variant)
+    y = x.double() @ weight.double().T + bias.double()
+    if gate:
+        first, second = y.chunk(2, -1)
+        y = ACTIVATIONS[gate](first) * second
+    error = relative_error(out, y + residual.double())
+    assert error <= (4e-3 if dtype == torch.bfloat16 else 5e-4), (rows, n, k, variant, gate, error)
+
+
+def skinny_copy(gpu: EmulatedGpu) -> None:
+    """The kernel with ``cp.async``: tiles shared by several blocks, whole ones, a gate, odd sizes."""
+    dtype = torch.bfloat16 if gpu.capability >= (8, 0) else torch.float16
+    product = SkinnyLinear(gpu, dtype=dtype)
+    _skinny(product, 3, 200, 520, dtype, 1)
+    _skinny(product, 13, 1096, 72, dtype, 1)
+    _skinny(product, 6, 272, 264, dtype, 1, "silu")
+
+
+def skinny_bulk(gpu: EmulatedGpu, rows: int) -> None:
+    """The kernel with bulk copies: one block a tile and two, several tiles a block, stages of every depth, gates."""
+    product = SkinnyLinear(gpu, dtype=torch.bfloat16)
+    for n, k, variants in ((72, 328, (11, 24)), (408, 136, (12, 21, 111))):
+        for variant in variants:
+            if product.layout(Variant.of(variant), rows, n, k) is not None:
+                _skinny(product, rows, n, k, torch.bfloat16, variant)
+    gpu.sms = 2  # several tiles a block
+    _skinny(SkinnyLinear(gpu, dtype=torch.bfloat16), rows, 1048, 72, torch.bfloat16, 11)
+    gpu.sms = 4
+    half = SkinnyLinear(gpu, dtype=torch.float16)
+    for gate, variant in (("silu", 11), ("gelu", 21), ("gelu_tanh", 12), ("relu", 22 if rows <= 64 else 21)):
+        _skinny(half, rows, 272, 200, torch.float16, variant, gate)
+
+
+def skinny_norm(gpu: EmulatedGpu, rows: int) -> None:
+    """An RMSNorm between two products; rows of very different sizes."""
+    product = SkinnyLinear(gpu, dtype=torch.bfloat16)
+    eps = 1e-3
+    deep = 22 if rows <= 64 else 21
+    for n1, n2, first, second, gate in (
+        (200, 272, 11, 21, "silu"),
+        (456, 88, deep, 12, None),
+        (264, 200, 21, 11, None),
+    ):
+        x, w1, bias, residual = _skinny_inputs(rows, n1, 136, torch.bfloat16, n1)
+        w2, gain = _skinny_inputs(rows, n2, n1, torch.bfloat16, n2)[1], bias.flip(0).abs() + 0.5
+        residual *= torch.logspace(-3, 3, rows)[:, None].bfloat16()
+        total = torch.full((rows, n1), float("nan"), dtype=torch.bfloat16)
+        unscaled = product.before_norm(total, x, w1, bias, residual, gain, eps, first)
+        assert relative_error(total, x.double() @ w1.double().T + bias.double() + residual.double()) <= 4e-3
+        out = torch.full((rows, n2 // 2 if gate else n2), float("nan"), dtype=torch.bfloat16)
+        product(out, unscaled, w2, gate=gate, variant=second)
+        h = total.double()
+        y = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * gain.double()) @ w2.double().T
+        if gate:
+            left, right = y.chunk(2, -1)
+            y = ACTIVATIONS[gate](left) * right
+        scale = y.square().mean(-1, keepdim=True).sqrt()  # every row counts as much
+        error = relative_error(out.double() / scale, y / scale)
+        assert error <= 8e-3, (rows, n1, n2, first, second, error)

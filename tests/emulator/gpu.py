@@ -15,6 +15,7 @@ import torch
 from llmapi._kernels.gpu import _TYPES
 from llmapi._kernels.nvrtc import Unit, architecture
 from tests.emulator import build
+from tests.emulator.tensor_map import BYTES, EmulatedTensorMap
 
 _USUAL_SHARED = 48 << 10  # bytes that a block gets without being asked for before
 _SECONDS = 60  # of processor time that a launch may take
@@ -171,9 +172,14 @@ class EmulatedKernel:
                 if kind == "p" and isinstance(arg, torch.Tensor):
                     assert arg.device.type == "cpu"
                     storage = arg.untyped_storage()
-                    memory = guarded.setdefault(storage.data_ptr(), _Guarded(self._runtime, storage, len(values)))
+                    memory = guarded.get(storage.data_ptr())
+                    if memory is None:  # else it would be made for nothing, and never freed
+                        memory = guarded[storage.data_ptr()] = _Guarded(self._runtime, storage, len(values))
                     arg = memory.at + arg.data_ptr() - storage.data_ptr()
-                values.append(_TYPES[kind](arg))
+                if kind == "t":
+                    values.append(self._map(arg, guarded, len(values)))
+                else:
+                    values.append(_TYPES[kind](arg))
             pointers = (ctypes.c_void_p * max(1, len(values)))(*[ctypes.addressof(v) for v in values])
             self._gpu.seed += 1
             wrong = self._runtime.emulated_launch(
@@ -189,6 +195,18 @@ class EmulatedKernel:
         finally:
             for memory in guarded.values():
                 memory.free()
+
+    def _map(self, address: int, guarded: dict[int, _Guarded], argument: int) -> Any:
+        """A tensor map, of the copy of its tensor; in memory that is aligned as a kernel's parameters are."""
+        made = EmulatedTensorMap.made[address]
+        storage = made.tensor.untyped_storage()
+        memory = guarded.get(storage.data_ptr())
+        if memory is None:
+            memory = guarded[storage.data_ptr()] = _Guarded(self._runtime, storage, argument)
+        space = (ctypes.c_char * (BYTES + 64))()
+        aligned = (ctypes.c_char * BYTES).from_buffer(space, -ctypes.addressof(space) % 64)
+        aligned[:] = made.bytes_at(memory.at + made.tensor.data_ptr() - storage.data_ptr())
+        return aligned
 
 
 class _Guarded:

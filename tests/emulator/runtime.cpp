@@ -92,6 +92,7 @@ struct Fiber {
   Warp* warp;
   const char* waits;  // for what; null: ready or done
   bool done;
+  int cluster_phase;  // at which it arrived
   std::vector<std::vector<Copy>> groups;  // copies in flight, the last group still open
 };
 struct Barrier {
@@ -117,6 +118,9 @@ struct Cluster {
   std::vector<Block> blocks;
   Barrier barrier;
   int live = 0;
+  int arrived = 0, phase = 0;      // of the barrier that is arrived at and waited for apart
+  std::vector<Fiber*> expectant;  // that look again when something changes
+  std::vector<Later> laters;      // not done yet
 };
 
 std::vector<Fiber*> pool;
@@ -245,13 +249,25 @@ bool run_cluster(const Unit* const* units, const char* name, int size, Dim first
       fiber->warp = &block.warps[t / WARP];
       fiber->waits = nullptr;
       fiber->done = false;
+      fiber->cluster_phase = 0;
       fiber->groups.assign(1, {});
       prepare(fiber->context, fiber->stack, run_body);
       fibers.push_back(fiber);
       ready.push_back(fiber);
     }
   }
-  while (!ready.empty()) {
+  while (!ready.empty() || !own.laters.empty()) {
+    if (!own.laters.empty() && (ready.empty() || random_number() % 8 == 0)) {
+      if (!own.live) {
+        message = "the blocks have ended, and a bulk copy is still on its way";
+        break;
+      }
+      size_t pick = random_number() % own.laters.size();
+      Later later = own.laters[pick];
+      own.laters.erase(own.laters.begin() + (long)pick);
+      later.run(later.what);
+      continue;
+    }
     size_t pick = random_number() % ready.size();
     running = ready[pick];
     ready[pick] = ready.back();
@@ -260,7 +276,7 @@ bool run_cluster(const Unit* const* units, const char* name, int size, Dim first
     change(outside, running->context);
     if (!message.empty()) return false;
   }
-  if (own.live) report_waiting(fibers);
+  if (own.live && message.empty()) report_waiting(fibers);
   if (message.empty()) {
     for (Block& block : own.blocks)
       for (char* at = block.dynamic + dynamic_bytes; at < block.memory.data() + block.memory.size(); at++)
@@ -350,6 +366,22 @@ void block_barrier(int id, int threads) {
 }
 void cluster_barrier() { arrive(cluster->barrier, cluster->live, "the cluster's barrier"); }
 
+void cluster_arrive() {
+  running->cluster_phase = cluster->phase;
+  if (++cluster->arrived < cluster->live) return;
+  cluster->arrived = 0, cluster->phase++;
+  changed();
+}
+void cluster_wait() {
+  while (cluster->phase == running->cluster_phase) wait_for_change("the cluster's barrier");
+}
+void wait_for_change(const char* what) {
+  cluster->expectant.push_back(running);
+  wait(what);
+}
+void changed() { wake(cluster->expectant); }
+void start_later(const Later& later) { cluster->laters.push_back(later); }
+
 Exchange& exchange() { return running->warp->exchange; }
 
 bool meet(const char* name, unsigned mask) {
@@ -379,13 +411,13 @@ uint32_t shared_offset(const void* pointer) {
   if (at >= block.unit->shared && at < block.unit->shared_end) return STATIC_SHARED + (uint32_t)(at - block.unit->shared);
   fail("an address that is not in the block's shared memory is taken for one");
 }
-char* shared_pointer(uint32_t offset) {
+char* shared_pointer(uint32_t offset, size_t bytes) {
   const Block& block = *running->block;
-  if (offset + 16 <= dynamic_bytes) return block.dynamic + offset;
-  if (offset >= STATIC_SHARED && offset - STATIC_SHARED + 16 <= size_t(block.unit->shared_end - block.unit->shared)) {
+  if (offset + bytes <= dynamic_bytes) return block.dynamic + offset;
+  if (offset >= STATIC_SHARED && offset - STATIC_SHARED + bytes <= size_t(block.unit->shared_end - block.unit->shared)) {
     return block.unit->shared + (offset - STATIC_SHARED);
   }
-  fail("16 bytes of shared memory at %u, where the block has %zu", offset, dynamic_bytes);
+  fail("%zu bytes of shared memory at %u, where the block has %zu", bytes, offset, dynamic_bytes);
 }
 const void* of_rank(const void* pointer, int rank) {
   if (rank < 0 || rank >= (int)cluster->blocks.size()) fail("there is no block %d in the cluster", rank);

@@ -3,10 +3,6 @@
 #pragma once
 #include "common.cuh"
 
-#if LLM_DTYPE == 0
-#error "skinny products are for half and bfloat16"
-#endif
-
 struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };

@@ -45,6 +45,12 @@ EXPORTED bool coin();
 
 EXPORTED void block_barrier(int id, int threads);  // 0: all that have not returned
 EXPORTED void cluster_barrier();
+EXPORTED void cluster_arrive();
+EXPORTED void cluster_wait();
+
+// Until changed() is called; the caller looks again whether that was what it waits for.
+EXPORTED void wait_for_change(const char* what);
+EXPORTED void changed();
 
 // Lanes of a warp meet at an operation of one name. True to the one that comes last, at once: it works out `out` of
 // `in` and calls release(). The others return when it has.
@@ -75,13 +81,28 @@ Out together(const char* name, unsigned mask, const In& mine, Combine combine) {
 
 EXPORTED char* dynamic_shared();
 EXPORTED uint32_t shared_offset(const void* pointer);  // 32-bit shared addresses, 16-byte aligned like the pointers
-EXPORTED char* shared_pointer(uint32_t offset);
+EXPORTED char* shared_pointer(uint32_t offset, size_t bytes = 16);
 EXPORTED const void* of_rank(const void* pointer, int rank);
 
 // Asynchronous copies of the running thread: done somewhere between the call and the wait.
 EXPORTED void start_copy(char* to, const void* from, int bytes);
 EXPORTED void commit_copies();
 EXPORTED void wait_copies(int pending);
+
+// Something that the hardware does at some moment from now on; run() of a copy of `what`. It may not fail().
+constexpr size_t MOST_LATER = 256;
+struct Later {
+  void (*run)(const void* what);
+  alignas(64) char what[MOST_LATER];
+};
+EXPORTED void start_later(const Later& later);
+template <typename T> void start_later(const T& what) {
+  static_assert(sizeof(T) <= MOST_LATER && std::is_trivially_copyable<T>::value, "too large");
+  Later later;
+  later.run = [](const void* what) { static_cast<const T*>(what)->run(); };
+  memcpy(later.what, &what, sizeof what);
+  start_later(later);
+}
 
 // ---- entries
 
@@ -90,6 +111,7 @@ template <typename T> constexpr char letter() {
   if (std::is_same<T, float>::value) return 'f';
   if (std::is_same<T, int>::value) return 'i';
   if (std::is_same<T, unsigned>::value) return 'u';
+  if (std::is_class<T>::value && sizeof(T) == 128) return 't';
   return std::is_integral<T>::value && sizeof(T) == 8 ? 'l' : '?';
 }
 template <typename... A> struct Signature {
