@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,13 +26,22 @@ from tests.gpu import test_sample as sample_tests
 SEED = 20_240
 
 
+@contextlib.contextmanager
+def filled_memory() -> Iterator[None]:
+    """What torch allocates and nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def operator(gpu: EmulatedGpu, op: Op, dtype: torch.dtype) -> None:
     """Every sample of an operator, its outputs and what it writes to; what is not written is NaN."""
     launch = op.cuda
     assert launch is not None
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    with filled_memory():
         for sample in op.samples(torch.Generator().manual_seed(SEED), dtype):
             here, there = copy.deepcopy(sample.args), copy.deepcopy(sample.args)
             expected, actual = op.reference(*here), launch(gpu, *there)
@@ -43,8 +54,6 @@ def operator(gpu: EmulatedGpu, op: Op, dtype: torch.dtype) -> None:
                 assert a.dtype == e.dtype and a.shape == e.shape, sample.label
                 error = relative_error(a, e)
                 assert error <= op.tolerance[dtype], f"{op.name} {sample.label}: {error}"
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def operators(gpu: EmulatedGpu, source: str) -> None:
@@ -189,14 +198,16 @@ def _skinny_inputs(rows: int, n: int, k: int, dtype: torch.dtype, columns: int) 
     return x, weight, torch.randn(n, generator=g).to(dtype), torch.randn(rows, columns, generator=g).to(dtype)
 
 
-def _skinny(
+def skinny_product(
     product: SkinnyLinear, rows: int, n: int, k: int, dtype: torch.dtype, variant: int, gate: str | None = None
 ) -> None:
-    """One variant with bias and residual."""
+    """One variant with bias and residual, called twice: what a call leaves must not harm the next one."""
     columns = n // 2 if gate else n
     x, weight, bias, residual = _skinny_inputs(rows, n, k, dtype, columns)
     out = torch.full((rows, columns), float("nan"), dtype=dtype)
     product(out, x, weight, bias, residual=residual, gate=gate, variant=variant)
+    product._workspace.fill_(float("nan"))
+    product(out.fill_(float("nan")), x, weight, bias, residual=residual, gate=gate, variant=variant)
     y = x.double() @ weight.double().T + bias.double()
     if gate:
         first, second = y.chunk(2, -1)
@@ -209,9 +220,9 @@ def skinny_copy(gpu: EmulatedGpu) -> None:
     """The kernel with ``cp.async``: tiles shared by several blocks, whole ones, a gate, odd sizes."""
     dtype = torch.bfloat16 if gpu.capability >= (8, 0) else torch.float16
     product = SkinnyLinear(gpu, dtype=dtype)
-    _skinny(product, 3, 200, 520, dtype, 1)
-    _skinny(product, 13, 1096, 72, dtype, 1)
-    _skinny(product, 6, 272, 264, dtype, 1, "silu")
+    skinny_product(product, 3, 200, 520, dtype, 1)
+    skinny_product(product, 13, 1096, 72, dtype, 1)
+    skinny_product(product, 6, 272, 264, dtype, 1, "silu")
 
 
 def skinny_bulk(gpu: EmulatedGpu, rows: int) -> None:
@@ -220,38 +231,45 @@ def skinny_bulk(gpu: EmulatedGpu, rows: int) -> None:
     for n, k, variants in ((72, 328, (11, 24)), (408, 136, (12, 21, 111))):
         for variant in variants:
             if product.layout(Variant.of(variant), rows, n, k) is not None:
-                _skinny(product, rows, n, k, torch.bfloat16, variant)
+                skinny_product(product, rows, n, k, torch.bfloat16, variant)
     gpu.sms = 2  # several tiles a block
-    _skinny(SkinnyLinear(gpu, dtype=torch.bfloat16), rows, 1048, 72, torch.bfloat16, 11)
+    skinny_product(SkinnyLinear(gpu, dtype=torch.bfloat16), rows, 1048, 72, torch.bfloat16, 11)
     gpu.sms = 4
     half = SkinnyLinear(gpu, dtype=torch.float16)
     for gate, variant in (("silu", 11), ("gelu", 21), ("gelu_tanh", 12), ("relu", 22 if rows <= 64 else 21)):
-        _skinny(half, rows, 272, 200, torch.float16, variant, gate)
+        skinny_product(half, rows, 272, 200, torch.float16, variant, gate)
 
 
 def skinny_norm(gpu: EmulatedGpu, rows: int) -> None:
-    """An RMSNorm between two products; rows of very different sizes."""
-    product = SkinnyLinear(gpu, dtype=torch.bfloat16)
-    eps = 1e-3
+    """An RMSNorm between two products; one block a tile and two, in either."""
     deep = 22 if rows <= 64 else 21
     for n1, n2, first, second, gate in (
         (200, 272, 11, 21, "silu"),
         (456, 88, deep, 12, None),
         (264, 200, 21, 11, None),
     ):
-        x, w1, bias, residual = _skinny_inputs(rows, n1, 136, torch.bfloat16, n1)
-        w2, gain = _skinny_inputs(rows, n2, n1, torch.bfloat16, n2)[1], bias.flip(0).abs() + 0.5
-        residual *= torch.logspace(-3, 3, rows)[:, None].bfloat16()
-        total = torch.full((rows, n1), float("nan"), dtype=torch.bfloat16)
+        skinny_norm_between(gpu, rows, n1, n2, first, second, gate)
+
+
+def skinny_norm_between(
+    gpu: EmulatedGpu, rows: int, n1: int, n2: int, first: int, second: int, gate: str | None
+) -> None:
+    """Two products with a norm between them; rows of very different sizes."""
+    product, eps = SkinnyLinear(gpu, dtype=torch.bfloat16), 0.5
+    x, w1, bias, residual = _skinny_inputs(rows, n1, 136, torch.bfloat16, n1)
+    w2, gain = _skinny_inputs(rows, n2, n1, torch.bfloat16, n2)[1], bias.flip(0).abs() + 0.5
+    residual *= torch.logspace(-3, 3, rows)[:, None].bfloat16()
+    total = torch.full((rows, n1), float("nan"), dtype=torch.bfloat16)
+    with filled_memory():
         unscaled = product.before_norm(total, x, w1, bias, residual, gain, eps, first)
-        assert relative_error(total, x.double() @ w1.double().T + bias.double() + residual.double()) <= 4e-3
-        out = torch.full((rows, n2 // 2 if gate else n2), float("nan"), dtype=torch.bfloat16)
-        product(out, unscaled, w2, gate=gate, variant=second)
-        h = total.double()
-        y = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * gain.double()) @ w2.double().T
-        if gate:
-            left, right = y.chunk(2, -1)
-            y = ACTIVATIONS[gate](left) * right
-        scale = y.square().mean(-1, keepdim=True).sqrt()  # every row counts as much
-        error = relative_error(out.double() / scale, y / scale)
-        assert error <= 8e-3, (rows, n1, n2, first, second, error)
+    assert relative_error(total, x.double() @ w1.double().T + bias.double() + residual.double()) <= 4e-3
+    out = torch.full((rows, n2 // 2 if gate else n2), float("nan"), dtype=torch.bfloat16)
+    product(out, unscaled, w2, gate=gate, variant=second)
+    h = total.double()
+    y = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * gain.double()) @ w2.double().T
+    if gate:
+        left, right = y.chunk(2, -1)
+        y = ACTIVATIONS[gate](left) * right
+    scale = y.square().mean(-1, keepdim=True).sqrt()  # every row counts as much
+    error = relative_error(out.double() / scale, y / scale)
+    assert error <= 8e-3, (rows, n1, n2, first, second, error)
