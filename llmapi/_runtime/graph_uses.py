@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from llmapi._build.graph import Graph, Node, Ref
@@ -22,27 +22,26 @@ class GraphUses:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self.nodes = {node.name: node for node in graph.nodes}
-        self.count = Counter(name for node in graph.nodes for name in _refs(node))
+        self._readers: defaultdict[str, list[Node]] = defaultdict(list)
+        for node in graph.nodes:
+            for name in _refs(node):
+                self._readers[name].append(node)
+        self.count = Counter({name: len(nodes) for name, nodes in self._readers.items()})
         self.count[graph.output.name] += 1
         self._hidden = graph.projection()[1]
 
     def gate_of(self, linear: Node) -> Node | None:
         """The gated activation that is all that reads a linear layer's result."""
-        if linear.op != "aten.linear.default" or self.count[linear.name] != 1:
+        if linear.op != "aten.linear.default":
             return None
-        for node in self._graph.nodes:
-            if node.op == "llmapi.gated_activation.default" and node.args[0] == Ref(linear.name):
-                return node
-        return None
+        return self._only_reader(linear.name, "llmapi.gated_activation.default")
 
     def norm_of(self, linear: Node) -> Node | None:
         """The sum and RMSNorm that alone reads a linear layer's result, and that one linear layer alone reads."""
-        if linear.op != "aten.linear.default" or self.count[linear.name] != 1:
+        if linear.op != "aten.linear.default":
             return None
-        for node in self._graph.nodes:
-            if node.op == "llmapi.add_rms_norm.default" and node.args[0] == Ref(linear.name):
-                return None if self.after_norm(node) is None else node
-        return None
+        norm = self._only_reader(linear.name, "llmapi.add_rms_norm.default")
+        return None if norm is None or self.after_norm(norm) is None else norm
 
     def after_norm(self, norm: Node) -> Node | None:
         """The linear layer that alone reads what a sum and RMSNorm gives first.
@@ -50,13 +49,18 @@ class GraphUses:
         None for the projection to the vocabulary, whose input is read by others in steps that embed texts, and for a
         layer that is followed by such a norm itself.
         """
-        out = next((n for n in self._graph.nodes if n.op == "getitem" and n.args == (Ref(norm.name), 0)), None)
-        if out is None or self.count[out.name] != 1 or out.name == self._hidden.name:
+        out = next((n for n in self._readers[norm.name] if n.op == "getitem" and n.args[1] == 0), None)
+        if out is None or out.name == self._hidden.name:
             return None
-        for node in self._graph.nodes:
-            if node.op == "aten.linear.default" and node.args[0] == Ref(out.name):
-                return None if self.norm_of(node) is not None else node
-        return None
+        linear = self._only_reader(out.name, "aten.linear.default")
+        return None if linear is None or self.norm_of(linear) is not None else linear
+
+    def _only_reader(self, name: str, op: str) -> Node | None:
+        """The node that alone reads a value, as its first argument, if it is one of these."""
+        if self.count[name] != 1 or not self._readers[name]:
+            return None
+        (node,) = self._readers[name]
+        return node if node.op == op and node.args[0] == Ref(name) else None
 
     def linears(self) -> Iterator[tuple[str, str | None]]:
         """Name of the weight of each linear layer, and the activation that is computed with it, if any."""
