@@ -109,9 +109,8 @@ MUTANTS: list[Mutant] = [
 
 def make(folder: Path, check: str, sources: build.Sources | None = None) -> EmulatedGpu:
     capability = (8, 0) if check.startswith("copy") else (9, 0)
-    gpu = EmulatedGpu(folder, capability=capability, shared_memory=113 << 10, sources=sources, hasty=True)
-    gpu.sms = 16 if check.startswith("norm") else 4
-    return gpu
+    sms = 16 if check.startswith("norm") else 4
+    return EmulatedGpu(folder, capability=capability, sms=sms, shared_memory=113 << 10, sources=sources, hasty=True)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -171,11 +171,7 @@ class EmulatedKernel:
             for kind, arg in zip(self._signature, args, strict=True):
                 if kind == "p" and isinstance(arg, torch.Tensor):
                     assert arg.device.type == "cpu"
-                    storage = arg.untyped_storage()
-                    memory = guarded.get(storage.data_ptr())
-                    if memory is None:  # else it would be made for nothing, and never freed
-                        memory = guarded[storage.data_ptr()] = _Guarded(self._runtime, storage, len(values))
-                    arg = memory.at + arg.data_ptr() - storage.data_ptr()
+                    arg = self._copy_of(arg, guarded, len(values))
                 if kind == "t":
                     values.append(self._map(arg, guarded, len(values)))
                 else:
@@ -196,16 +192,20 @@ class EmulatedKernel:
             for memory in guarded.values():
                 memory.free()
 
-    def _map(self, address: int, guarded: dict[int, _Guarded], argument: int) -> Any:
-        """A tensor map, of the copy of its tensor; in memory that is aligned as a kernel's parameters are."""
-        made = EmulatedTensorMap.made[address]
-        storage = made.tensor.untyped_storage()
+    def _copy_of(self, tensor: torch.Tensor, guarded: dict[int, _Guarded], argument: int) -> int:
+        """Where the first element of a tensor lies in the guarded copy of its storage, made if there is none."""
+        storage = tensor.untyped_storage()
         memory = guarded.get(storage.data_ptr())
         if memory is None:
             memory = guarded[storage.data_ptr()] = _Guarded(self._runtime, storage, argument)
+        return memory.at + tensor.data_ptr() - storage.data_ptr()
+
+    def _map(self, address: int, guarded: dict[int, _Guarded], argument: int) -> Any:
+        """A tensor map, of the copy of its tensor; in memory that is aligned as a kernel's parameters are."""
+        made = EmulatedTensorMap.made[address]
         space = (ctypes.c_char * (BYTES + 64))()
         aligned = (ctypes.c_char * BYTES).from_buffer(space, -ctypes.addressof(space) % 64)
-        aligned[:] = made.bytes_at(memory.at + made.tensor.data_ptr() - storage.data_ptr())
+        aligned[:] = made.bytes_at(self._copy_of(made.tensor, guarded, argument))
         return aligned
 
 

@@ -14,6 +14,7 @@ from llmapi._device import HEAD_SIZES
 from llmapi._kernels import nvrtc, plugins
 from llmapi._kernels.nvrtc import ARCHITECTURES, Unit, compile_ptx
 from llmapi._kernels.plugins.plugin import MOST_SHARED, compute_capability
+from tests._kernels.test_nvrtc import QUICK
 
 TYPES = [(arch, "float16" if arch == "sm_75" else "bfloat16") for arch in ARCHITECTURES] + [("sm_80", "float32")]
 
@@ -42,7 +43,7 @@ SHAPE_AND_SCORES = {**SHAPE, "scale": 1.0, "window": 0, "softcap": 0.0}
 @pytest.mark.parametrize(("arch", "dtype"), TYPES)
 def test_every_kernel_is_ptx_for_every_architecture(arch: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if arch not in AS_USERS_GET_IT:
-        monkeypatch.setattr(nvrtc, "_OPTIONS", (*nvrtc._OPTIONS, "--Ofast-compile=max"))
+        monkeypatch.setattr(nvrtc, "_OPTIONS", (*nvrtc._OPTIONS, QUICK))
     target = f"compute_{compute_capability(arch)}"
     units = plugins.units(dtype)
     with ThreadPoolExecutor(2) as pool:

@@ -43,9 +43,8 @@ def test_attention(gpu: EmulatedGpu, dtype: torch.dtype, block_size: int) -> Non
 def test_head_sizes(gpu: EmulatedGpu, head_dim: int, heads: int, kv_heads: int) -> None:
     steps = ["mixed"] if heads < 20 else ["decode"]  # prompts take each head by itself, whatever the group
     others = [torch.float32, torch.float16][:: 1 if HEAD_SIZES.index(head_dim) % 2 else -1]
-    dtype = {3: others[0], 20: others[1]}.get(
-        heads, torch.bfloat16
-    )  # every type with every size, and with both of these
+    # Every type with every size, and with both of these.
+    dtype = {3: others[0], 20: others[1]}.get(heads, torch.bfloat16)
     cases.attention(gpu, dtype, heads, kv_heads, head_dim, 16, steps, ["plain", "all"])
 
 
