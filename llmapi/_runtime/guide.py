@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from llmapi._runtime.grammar_lines import THREADS, GrammarLines
 from llmapi.errors import RequestError
+
+_EARLY = 8  # tokens: a copy made by then goes to a line of its own, as it soon caught up
 
 Masks = npt.NDArray[np.int32]
 """``[N, W]``: 32 tokens a word; token ``t`` may come next where bit ``t % 32`` of word ``t // 32`` is 1."""
@@ -21,14 +26,17 @@ class Guide:
     """A sequence's state in a grammar. It follows the sequence's tokens, whatever becomes of its KV blocks.
 
     Args:
-        matcher: an ``LLMatcher`` of its own.
+        lines: its grammar.
         added: ids besides the grammar's own that may end the text where it may end.
         dropped: ids of the grammar's own that may not.
     """
 
-    def __init__(self, matcher: Any, added: list[int], dropped: list[int]) -> None:
-        self._matcher = matcher
+    def __init__(self, lines: GrammarLines, added: list[int], dropped: list[int]) -> None:
+        self._lines = lines
         self._added, self._dropped = added, dropped
+        self._number, self._line = lines.number(), 0
+        self._matcher = lines.copy(0)
+        self._tokens: list[int] = []
 
     @property
     def complete(self) -> bool:
@@ -41,6 +49,7 @@ class Guide:
         Raises:
             RequestError: llguidance came to one of its limits.
         """
+        self._tokens.append(token)
         if not self._matcher.consume_token(token):
             self.check()
 
@@ -56,7 +65,21 @@ class Guide:
 
     def fork(self) -> Guide:
         """A copy that goes on independently."""
-        return Guide(self._matcher.deep_copy(), self._added, self._dropped)
+        other = copy.copy(self)
+        other._matcher, other._tokens = self._matcher.deep_copy(), self._tokens.copy()
+        if len(self._tokens) <= _EARLY:
+            other._number = self._lines.number()
+        return other
+
+    def settle(self) -> None:
+        """Move to the line that is this sequence's among those that there are now."""
+        line = self._number % len(self._lines)
+        if line != self._line:
+            moved = self._lines.copy(line)
+            if moved.consume_tokens(self._tokens):
+                self._matcher, self._line = moved, line
+            else:  # a limit of llguidance that has to do with time or memory: what worked goes on
+                self._number = self._line
 
 
 def words(vocab_size: int) -> int:
@@ -76,7 +99,13 @@ def fill(guides: Sequence[Guide], masks: Masks) -> None:
     if len(guides) == 1:
         fill_next_token_bitmask(guides[0]._matcher, masks, 0)
     elif guides:
-        fill_next_token_bitmask_par(_executor(), [(guide._matcher, i) for i, guide in enumerate(guides)], masks)
+        for lines, count in Counter(guide._lines for guide in guides).items():
+            lines.want(count)
+        for guide in guides:
+            guide.settle()
+        # each thread takes neighbours: those of one line, who would only wait for each other, come one after the other
+        order = sorted(range(len(guides)), key=lambda row: (id(guides[row]._lines), guides[row]._line))
+        fill_next_token_bitmask_par(_executor(), [(guides[row]._matcher, row) for row in order], masks)
     bits = masks.view(np.uint32)
     for row, guide in enumerate(guides):
         if (guide._added or guide._dropped) and guide._matcher.is_accepting():
@@ -112,4 +141,4 @@ def forbid(x: Tensor, rows: list[int], guides: Sequence[Guide]) -> None:
 def _executor() -> Any:
     from llguidance import LLExecutor
 
-    return LLExecutor()
+    return LLExecutor(THREADS)

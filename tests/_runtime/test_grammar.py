@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from concurrent.futures import Future
 
 import jsonschema
 import numpy as np
@@ -13,6 +14,7 @@ import transformers
 from tokenizers import Tokenizer as Rust
 from tokenizers import decoders, models, normalizers, trainers
 
+from llmapi._runtime import grammar_lines
 from llmapi._runtime.grammar import Grammars
 from llmapi._runtime.guide import Guide, fill, words
 from llmapi._tokenizer import Tokenizer
@@ -153,3 +155,65 @@ def test_a_tokenizer_that_is_not_the_models(tokenizer: Tokenizer) -> None:
         wrong.get(GuidedDecodingParams(regex="a")).result(30)
     with pytest.raises(RequestError, match="names none: add eos_token_id"):
         Grammars(tokenizer, WIDTH, frozenset()).get(GuidedDecodingParams(regex="a"))
+
+
+def test_lines_come_with_sequences_and_change_no_mask(
+    grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_lines, "THREADS", 4)
+    eos, rng = tokenizer.eos_token_id or 0, random.Random(3)
+    key = GuidedDecodingParams(regex="(hello|abc d|12*|[a-e]{2,5} )+").key
+    grammar, alone = grammars.compile(key), grammars.compile(key)
+    guides = [grammar.start(frozenset([eos])) for _ in range(7)]
+    taken: list[list[int]] = [[] for _ in guides]
+    held = []
+    for step in range(14):
+        if step in (3, 12):  # one copy is early, one late
+            guides.append(guides[step % 5].fork())
+            taken.append(taken[step % 5].copy())
+        found = allowed(guides)
+        for guide, ids, choices in zip(guides, taken, found, strict=True):
+            reference = alone.start(frozenset([eos]))
+            for token in ids:
+                reference.accept(token)
+            assert allowed([reference]) == [choices], ids
+            ids.append(rng.choice(sorted(choices - {eos})))
+            guide.accept(ids[-1])
+        if grammar._lines._coming is not None:
+            grammar._lines._coming.result(30)
+        held.append(len(grammar._lines))
+    assert held[:4] == [1, 2, 4, 4] and held[-1] == 4 and len(alone._lines) == 1
+    assert sorted(guide._line for guide in guides[:8]) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert guides[8]._line == guides[2]._line
+
+
+def test_without_more_lines_what_there_is_goes_on(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_lines, "THREADS", 4)
+    eos = frozenset([tokenizer.eos_token_id or 0])
+    own = Grammars(tokenizer, WIDTH, eos)
+    key = GuidedDecodingParams(regex="[ab]{4}").key
+    grammar, closed = own.compile(key), own.compile(key)
+    own.close()
+    guides = [closed.start(eos) for _ in range(4)]
+    assert len({frozenset(choices) for choices in allowed(guides)}) == 1 and len(closed._lines) == 1
+    broken: Future[list[object]] = Future()
+    broken.set_exception(RuntimeError("no memory"))
+    grammar._lines._more = lambda count: broken
+    guides = [grammar.start(eos) for _ in range(4)]
+    before = allowed(guides)
+    assert allowed(guides) == before and len(grammar._lines) == 1
+
+
+def test_a_sequence_that_cannot_move_stays(
+    grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_lines, "THREADS", 2)
+    eos = frozenset([tokenizer.eos_token_id or 0])
+    grammar = grammars.compile(GuidedDecodingParams(regex="[ab]{4}").key)
+    grammar._lines._roots.append(grammars.compile(GuidedDecodingParams(regex="[12]{4}").key)._lines.copy(0))
+    guides = [grammar.start(eos) for _ in range(2)]
+    token = min(allowed(guides[:1])[0])
+    for guide in guides:
+        guide.accept(token)
+    [stays, refused] = allowed(guides)
+    assert stays == refused and stays and guides[1]._line == 0

@@ -1,12 +1,14 @@
 """SmolLM2-135M-Instruct in bfloat16 on a GPU against transformers on the same GPU: 64 prompts in one batch.
 
-transformers reads each prompt and our answer at once. At every position our token must be the one it would choose, or
-one whose logit is within the rounding of bfloat16 of that one's.
+The measure is transformers' own model in float32, and what it loses in bfloat16: it reads each prompt and our answer in
+both. How far bfloat16 takes two logits from each other depends on the place, so a fixed limit would be wrong: where
+transformers' logits are off by 0.3, no token within that of the first can be called wrong.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,24 +36,52 @@ def test_answers_are_those_of_transformers_up_to_rounding(cache: Path, capsys: p
     params = SamplingParams(temperature=0, max_tokens=48)
     with LLM(file, backend="cuda", dtype="bfloat16", cache_dir=cache, gpu_memory_utilization=0.3) as llm:
         outputs = llm.chat(talks, params, use_tqdm=False)
-        assert isinstance(outputs, list)
+        told = llm.chat(talks, SamplingParams(temperature=0, max_tokens=48, return_logits="generation"), use_tqdm=False)
+        assert isinstance(outputs, list) and isinstance(told, list)
         alone = llm.chat(talks[5], params)
-    model = by_transformers(file).to("cuda", torch.bfloat16)
+    exact = by_transformers(file).to("cuda")
+    rounded = by_transformers(file).to("cuda", torch.bfloat16)
     total = differ = 0
-    worst = 0.0
+    largest = places = 0.0
+    ours, theirs = [], []
     for output in outputs:
         prompt, answer = output.prompt_token_ids, output.outputs[0].token_ids
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer], device="cuda")).logits[0].float()
-        rows = logits[len(prompt) - 1 : -1]
-        best, theirs = rows.max(-1)
-        ours = rows.gather(1, torch.tensor(answer, device="cuda")[:, None])[:, 0]
-        gap = ((best - ours) / best.abs()).cpu()
+        truth, other = read(exact, prompt, answer), read(rounded, prompt, answer)
+        choice = torch.tensor(answer, device="cuda")
+        gap = truth.amax(-1) - chosen(truth, choice)
+        error = (other - truth).abs().amax(-1)
+        assert bool((gap <= 2 * error).all()), (output.prompt_token_ids, answer, gap.tolist(), error.tolist())
         total += len(answer)
-        differ += int((theirs.cpu() != torch.tensor(answer)).sum())
-        worst = max(worst, float(gap.max()))
-        assert float(gap.max()) <= 4 * 2**-8, (output.prompt, float(gap.max()))
+        differ += int((other.argmax(-1) != choice).sum())
+        largest = max(largest, float(((other.amax(-1) - chosen(other, choice)) / other.amax(-1).abs()).max()))
+        places = max(places, float((gap / error).max()))
+    for output in told:
+        prompt, completion = output.prompt_token_ids, output.outputs[0]
+        assert completion.logits is not None
+        assert completion.logits.argmax(-1).tolist() == completion.token_ids
+        truth, other = (read(model, prompt, completion.token_ids) for model in (exact, rounded))
+        ours.append((completion.logits.cuda() - truth).norm(dim=-1) / truth.norm(dim=-1))
+        theirs.append((other - truth).norm(dim=-1) / truth.norm(dim=-1))
     assert "Paris" in outputs[16].text
     assert isinstance(alone, type(outputs[0])) and alone.text[:20] == outputs[5].text[:20]
+    off, by_them = torch.cat(ours), torch.cat(theirs)
     with capsys.disabled():
-        print(f"\n{total} tokens of 64 answers: {differ} differ, largest relative gap of the logits {worst:.4f}")
+        print(
+            f"\n{total} tokens of 64 answers: {differ} are not the first of transformers in bfloat16, whose logits say "
+            f"{largest:.4f} less of them at most; in float32 they are up to {places:.2f} of bfloat16's error below the "
+            f"first; logits off by {off.mean():.4f}, at most {off.max():.4f}; those of transformers in bfloat16 by "
+            f"{by_them.mean():.4f}, at most {by_them.max():.4f}"
+        )
+    assert off.mean() <= 1.1 * by_them.mean() and off.max() <= 1.5 * by_them.max()
+
+
+@torch.no_grad()
+def read(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """``[len(answer), V]`` float32: the logits from which each token of the answer is chosen."""
+    logits: torch.Tensor = model(torch.tensor([prompt + answer], device="cuda")).logits[0]
+    return logits[len(prompt) - 1 : -1].float()
+
+
+def chosen(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """``[N]``: each row's logit of one token."""
+    return logits.gather(1, ids[:, None])[:, 0]
