@@ -51,7 +51,7 @@ class Detokenizer:
         Returns:
             The text that they complete; ``""`` while a character is incomplete.
         """
-        return "".join([self._advance(t) for t in token_ids if not (self._skip and t in self._tokenizer.special_ids)])
+        return "".join([self._advance(t) for t in self._shown(token_ids)])
 
     def _advance(self, token_id: int) -> str:
         """Add one id; one at a time, so that the pieces do not depend on how many arrive together."""
@@ -65,13 +65,17 @@ class Detokenizer:
         self._parts.append(piece)
         return piece
 
-    def finish(self) -> str:
+    def finish(self, token_ids: Iterable[int] = ()) -> str:
         """Give out what is pending, an incomplete character as U+FFFD; :attr:`text` is then exact.
+
+        Args:
+            token_ids: the last ids; they need not come to :meth:`push`.
 
         Returns:
             The rest of the text.
         """
         shown = self.text
+        self._ids += self._shown(token_ids)
         full = self._decode(0, len(self._ids))
         if full.startswith(shown):
             piece = full[len(shown) :]
@@ -89,6 +93,9 @@ class Detokenizer:
         other._before, other._read, other._context = self._before, self._read, self._context
         other._parts = [self.text]
         return other
+
+    def _shown(self, token_ids: Iterable[int]) -> list[int]:
+        return [t for t in token_ids if not (self._skip and t in self._tokenizer.special_ids)]
 
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._ids[start:end], self._skip, self._spaces)

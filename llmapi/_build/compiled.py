@@ -76,7 +76,8 @@ def cached_cubin(store: Store, unit: Unit, arch: str) -> bytes:
         with staging.open(CUBIN_FILE) as out:
             out.write(code)
 
-    with store.build("kernel", kernel_key(unit, arch), f"{unit.label} for {arch}", build) as entry:
+    # a start without any compiles a hundred at once: what each differs in, `llmapi cache why` tells
+    with store.build("kernel", kernel_key(unit, arch), f"{unit.label} for {arch}", build, explain=False) as entry:
         return entry.file(CUBIN_FILE).read_bytes()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from llmapi._kernels.gpu import Gpu, Kernel, dtype_macro
 from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit
-from llmapi._kernels.sample_cuda import MAX_VOCAB, blocks_of_row
+from llmapi._kernels.sample_cuda import MAX_VOCAB, blocks_of_row, splits
 
 BEAM_ROW = np.dtype(
     [
@@ -65,6 +65,11 @@ _THREADS = 512
 def units(dtype: str) -> list[Unit]:
     """Every specialization for an element type of the logits."""
     return [_unit(DTYPE_MACRO[dtype], split) for split in (1, 2, 4, 8)]
+
+
+def units_for(gpu: Gpu, rows: int, vocab_size: int, dtype: torch.dtype) -> list[Unit]:
+    """What searches in steps of up to so many rows need compiled."""
+    return [_unit(dtype_macro(dtype), split) for split in splits(gpu, rows, vocab_size, dtype)]
 
 
 def settings(requests: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:

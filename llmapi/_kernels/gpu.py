@@ -6,14 +6,13 @@ Kernels run on torch's current stream, so that they order with torch's own and c
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from llmapi._kernels.compiling import Compiling
 from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit, architecture, compile_unit
 from llmapi.errors import BuildError
 
@@ -116,9 +115,8 @@ class Gpu:
         self.shared_memory: int = properties.shared_memory_per_block_optin
         self.l2_bytes: int = properties.L2_cache_size
         self.overlap = self.capability >= (9, 0)
-        self._cubins = cubins
         self._pool: Any = None
-        self._ready: dict[Unit, bytes] = {}
+        self._compiling = Compiling(lambda unit: cubins(unit, self.arch))
         self._modules: dict[Unit, Any] = {}
         self._kernels: dict[tuple[Unit, str], Kernel] = {}
         torch.zeros(1, device=device)  # makes the context that modules are loaded into
@@ -179,6 +177,16 @@ class Gpu:
         """A new event, to wait for what is on the stream."""
         return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
+    def expect(self, units: Iterable[Unit], *, calmly: bool = False) -> None:
+        """Begin to compile what will be needed, and return.
+
+        Args:
+            units: those that may be asked for; repeated and loaded ones cost nothing.
+            calmly: one at a time, as there is other work to do meanwhile.
+        """
+        wanted = [unit for unit in units if unit not in self._modules]
+        self._compiling.begin(wanted, **({"threads": 1} if calmly else {}))
+
     def prefetch(self, units: Iterable[Unit]) -> None:
         """Get the machine code of units ahead of their first use, several at a time: NVRTC compiles on one core each.
 
@@ -188,10 +196,8 @@ class Gpu:
         Raises:
             BuildError: one does not compile.
         """
-        wanted = [unit for unit in dict.fromkeys(units) if unit not in self._modules and unit not in self._ready]
-        with ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))) as pool:
-            for unit, cubin in zip(wanted, pool.map(lambda unit: self._cubins(unit, self.arch), wanted), strict=True):
-                self._ready[unit] = cubin
+        for future in self._compiling.begin(unit for unit in units if unit not in self._modules):
+            future.result()
 
     def _load(self, unit: Unit, entry: str, signature: str, shared: int, overlap: bool) -> Kernel:
         from cuda.bindings import driver
@@ -199,8 +205,7 @@ class Gpu:
         with torch.cuda.device(self.device):
             module = self._modules.get(unit)
             if module is None:
-                cubin = self._ready.pop(unit, None) or self._cubins(unit, self.arch)
-                error, module = driver.cuModuleLoadData(cubin)
+                error, module = driver.cuModuleLoadData(self._compiling.take(unit))
                 _check(error, f"loading {unit.label} on {self.name}")
                 self._modules[unit] = module
             error, function = driver.cuModuleGetFunction(module, entry.encode())
@@ -217,6 +222,7 @@ class Gpu:
         """
         from cuda.bindings import driver
 
+        self._compiling.close()
         self._kernels.clear()
         self._pool = None
         while self._modules:

@@ -77,6 +77,16 @@ def units(dtype: str) -> list[Unit]:
     return [_unit(DTYPE_MACRO[dtype], split) for split in (1, 2, 4, 8)]
 
 
+def splits(gpu: Gpu, rows: int, vocab_size: int, dtype: torch.dtype) -> list[int]:
+    """Every number of blocks that :func:`blocks_of_row` gives for up to so many rows, that for the most rows first."""
+    return list(dict.fromkeys(blocks_of_row(gpu, n, vocab_size, dtype) for n in range(rows, 0, -1)))
+
+
+def units_for(gpu: Gpu, rows: int, vocab_size: int, dtype: torch.dtype) -> list[Unit]:
+    """What sampling from up to so many rows needs compiled."""
+    return [_unit(dtype_macro(dtype), split) for split in splits(gpu, rows, vocab_size, dtype)]
+
+
 def blocks_of_row(gpu: Gpu, rows: int, vocab_size: int, dtype: torch.dtype) -> int:
     """Blocks for a row: as many as give each multiprocessor one, or as keep their parts near L1.
 
@@ -126,7 +136,7 @@ class SampleKernels:
         self._vocab = vocab_size
         self._dtype = logits_dtype
         self._macro = dtype_macro(logits_dtype)
-        for split in {self._split(rows) for rows in range(1, max_rows + 1)}:  # compiled before the first step
+        for split in splits(gpu, max_rows, vocab_size, logits_dtype):  # compiled before the first step
             self._kernels(split)
 
     def __call__(

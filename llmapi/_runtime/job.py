@@ -76,6 +76,10 @@ class Job:
         """Whether rows of the prompt are still wanted."""
         return self.request.first_wanted_row is not None and self.prompt_rows < len(self.request.prompt_token_ids)
 
+    def follow(self, wanted: bool) -> None:
+        """Say whether states before the final one are wanted from now on; from any thread."""
+        self.streaming = wanted
+
     def start(self) -> None:
         """Note that a step is about to run some of its tokens; only the first time counts."""
         if self.request.metrics.queue_time is None:

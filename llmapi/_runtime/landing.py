@@ -152,21 +152,34 @@ class Landing:
             if not seq.finished:
                 assert reason is not None or job.beams is not None
                 if seq in job.records and reason != "error":
-                    job.records[seq].transcript.finish()
+                    self._finish_text(job, seq)
                 self._end_sequence(seq, reason or "length")
         self.jobs.pop(job.request, None)
         job.request.metrics.finished_time = job.elapsed()
         job.listener(job.output())
 
+    def _finish_text(self, job: Job, seq: Sequence) -> None:
+        try:
+            job.records[seq].transcript.finish()
+        except Exception as error:  # a tokenizer's; the request ends all the same
+            log.exception("the text of request %s could not be finished", job.request.id)
+            job.error = job.error or _reported(error)
+
     def fail(self, job: Job, error: BaseException) -> None:
         """End a job with an error."""
-        if not isinstance(error, LLMAPIError):
-            cause, error = error, LLMAPIError(f"the engine failed: {type(error).__name__}: {error}")
-            error.__cause__ = cause
-        job.error = error
+        job.error = _reported(error)
         self.end(job, "error")
 
     def fail_all(self, error: BaseException) -> None:
         """Fail every job."""
         for job in list(self.jobs.values()):
             self.fail(job, error)
+
+
+def _reported(error: BaseException) -> LLMAPIError:
+    """The error as a request's output has it."""
+    if isinstance(error, LLMAPIError):
+        return error
+    reported = LLMAPIError(f"the engine failed: {type(error).__name__}: {error}")
+    reported.__cause__ = error
+    return reported

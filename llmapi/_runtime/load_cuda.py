@@ -12,6 +12,7 @@ from llmapi import _progress
 from llmapi._build.compiled import tuning_key
 from llmapi._build.graph import Graph
 from llmapi._build.tensor_file import TensorFile
+from llmapi._kernels import beam_cuda, beam_reorder_cuda, sample_cuda
 from llmapi._kernels.gpu import Gpu
 from llmapi._runtime.bind_cuda import Binder
 from llmapi._runtime.engine_cuda import CudaEngine
@@ -43,6 +44,8 @@ def load_cuda(
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = Gpu(device, prepared.builder.cubin)
     dtype = getattr(torch, prepared.config.dtype)
+    logits = (prepared.config.max_batch_size, prepared.spec.vocab_size, dtype)
+    gpu.expect(sample_cuda.units_for(gpu, *logits))  # these take the longest; weights are read meanwhile
 
     def on_device() -> Mapping[str, torch.Tensor]:
         with _progress.bar("load", 0 if weights is None else weights.nbytes, "B", enabled=progress) as done:
@@ -67,7 +70,7 @@ def load_cuda(
         gpu.prefetch(binder.units(rows))
 
     try:
-        return CudaEngine(
+        engine = CudaEngine(
             graph,
             on_device,
             constants,
@@ -77,6 +80,8 @@ def load_cuda(
             utilization=prepared.utilization,
             tune=tune,
         )
+        gpu.expect([*beam_cuda.units_for(gpu, *logits), *beam_reorder_cuda.units(prepared.config.dtype)], calmly=True)
+        return engine
     except BaseException:
         gpu.close()
         raise

@@ -14,6 +14,9 @@ from llmapi.errors import ConfigError, LLMAPIError
 from llmapi.outputs import RequestOutput
 
 Abort = Callable[[], None]
+Follow = Callable[[bool], None]
+
+_AHEAD = 16  # states that wait for an iteration to begin
 
 
 class OutputStream(Iterator[RequestOutput]):
@@ -59,15 +62,25 @@ class OutputStream(Iterator[RequestOutput]):
 class RequestFuture:
     """A request in flight: ``await`` it, ``async for`` over it, or call :meth:`result` from plain code.
 
-    Works in any running event loop, a notebook's included, and in several at once.
+    Works in any running event loop, a notebook's included, and in several at once. An iteration has a state for each
+    token. States cost time and memory, so they are made while somebody iterates, and of the first tokens as long as
+    nobody waits for the end; an iteration that begins later finds what it missed in its first state.
+
+    Args:
+        request_id: see below.
+        abort: ends the request.
+        follow: says whether states are wanted; at first they are.
 
     Attributes:
         request_id: id of the request; None where it was refused before it began.
     """
 
-    def __init__(self, request_id: str | None, abort: Abort) -> None:
+    def __init__(self, request_id: str | None, abort: Abort, follow: Follow = lambda wanted: None) -> None:
         self.request_id = request_id
         self._abort = abort
+        self._follow = follow
+        self._following = 0  # iterations
+        self._lock = threading.Lock()
         self._states: queue.SimpleQueue[RequestOutput | LLMAPIError] = queue.SimpleQueue()
         self._listeners: list[Callable[[], None]] = []
         self._final: RequestOutput | LLMAPIError | None = None
@@ -75,10 +88,18 @@ class RequestFuture:
     def listen(self, output: RequestOutput) -> None:
         """Take in a state; called on the loop's thread."""
         self._put(output)
+        if self._states.qsize() >= _AHEAD:
+            self._skip_states()
 
     def refuse(self, error: LLMAPIError) -> None:
         """End with an error before the request began."""
         self._put(error)
+
+    def _skip_states(self) -> None:
+        """Have no more states made, unless somebody iterates."""
+        with self._lock:
+            if not self._following:
+                self._follow(False)
 
     def _put(self, item: RequestOutput | LLMAPIError) -> None:
         self._states.put(item)
@@ -115,6 +136,7 @@ class RequestFuture:
         """
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, Real) or timeout != timeout):
             raise ConfigError(f"timeout={timeout!r}: give a number of seconds, or None to wait for ever")
+        self._skip_states()
         limit = None if timeout is None else time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
         while self._final is None:
             try:
@@ -125,6 +147,19 @@ class RequestFuture:
         return self._take(self._final)
 
     async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
+        with self._lock:
+            self._following += 1
+            self._follow(True)
+        try:
+            async with contextlib.aclosing(self._until_final()) as states:
+                async for state in states:
+                    yield state
+        finally:
+            with self._lock:
+                self._following -= 1
+
+    async def _until_final(self) -> AsyncGenerator[RequestOutput, None]:
+        """The states there are, and the final one."""
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
 
@@ -157,7 +192,8 @@ class RequestFuture:
         return self._wait().__await__()
 
     async def _wait(self) -> RequestOutput:
-        async for _ in self:
+        self._skip_states()
+        async for _ in self._until_final():
             pass
         assert self._final is not None
         return self._take(self._final)

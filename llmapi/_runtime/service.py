@@ -142,8 +142,10 @@ class Service:
             future.refuse(error)
             return future
         loop = self.loop
-        future = RequestFuture(request.id, lambda: loop.abort(request.id))
-        self._submit([request], future.listen, streaming=True)
+        job = Job(request, self._tokenizer, _ignore, streaming=True)
+        future = RequestFuture(request.id, lambda: loop.abort(request.id), job.follow)
+        job.listener = future.listen
+        loop.submit([job])
         return future
 
     @property
@@ -165,6 +167,10 @@ class Service:
 
     def _submit(self, requests: list[Request], listener: Listener, *, streaming: bool) -> None:
         self.loop.submit([Job(request, self._tokenizer, listener, streaming) for request in requests])
+
+
+def _ignore(output: RequestOutput) -> None:
+    pass
 
 
 def _same(request: Request) -> Request:

@@ -49,6 +49,11 @@ class StopChecker:
         self.matched: str | None = None
 
     @property
+    def watches(self) -> bool:
+        """Whether there are stop texts."""
+        return bool(self._stop)
+
+    @property
     def text(self) -> str:
         """All text that may be shown so far."""
         if len(self._parts) > 1:

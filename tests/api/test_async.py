@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llmapi import LLM, ConfigError, EngineClosedError, LLMAPIError, RequestError, SamplingParams
+from llmapi._runtime.job import Job
 from tests.api.truth import Gate, Truth, idle, prompts_of, until
 
 
@@ -296,3 +297,41 @@ def test_close_while_they_wait(checkpoint: Any, cache: Any) -> None:
     outputs = run(main())
     assert [o.outputs[0].finish_reason for o in outputs] == ["abort"] * 3
     assert all(not isinstance(o, LLMAPIError) for o in outputs)
+
+
+def test_states_are_made_while_somebody_iterates(llm: LLM, truth: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
+    [prompt] = prompts_of([6], seed=81)
+    made: list[int] = []
+    real = Job.output
+    monkeypatch.setattr(Job, "output", lambda job: made.append(job.request.sequences[0].num_output) or real(job))
+    gate = Gate(40)
+    future = llm.generate_async(prompt, greedy(60, logits_processors=[gate]))
+    assert gate.reached.wait(20)
+    assert made == list(range(1, 17))  # nobody has shown what this is for
+
+    async def main() -> list[list[int]]:
+        states = future.__aiter__()
+        seen = [(await anext(states)).outputs[0].token_ids for _ in range(16)]
+        task = asyncio.ensure_future(anext(states))
+        await asyncio.sleep(0.01)
+        gate.opened.set()
+        seen.append((await task).outputs[0].token_ids)
+        return seen + [state.outputs[0].token_ids async for state in states]
+
+    seen = run(main())
+    assert [len(ids) for ids in seen[:16]] == list(range(1, 17))
+    later = [len(ids) for ids in seen[16:]]
+    assert later == list(range(later[0], 61)) and later[0] in (40, 41)
+    expected = truth.greedy(prompt, 60)
+    assert all(ids == expected[: len(ids)] for ids in seen)
+
+    made.clear()
+    assert llm.generate_async(prompt, greedy(60)).result(20).outputs[0].token_ids == expected
+    assert made[-1] == 60 and len(made) < 20
+    made.clear()
+    assert run(waited(llm, prompt)) == expected
+    assert made[-1] == 60 and len(made) < 20
+
+
+async def waited(llm: LLM, prompt: list[int]) -> list[int]:
+    return (await llm.generate_async(prompt, greedy(60))).outputs[0].token_ids

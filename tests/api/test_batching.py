@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmapi import LLM, LLMAPIError, RequestOutput, SamplingParams
-from tests.api.truth import Truth, idle, prompts_of
+from tests.api.truth import Gate, Truth, idle, prompts_of
 from tests.tiny import tiny_checkpoint
 
 FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {"sliding_window": 11}, "qwen2": {}, "gpt2": {}}
@@ -198,6 +198,16 @@ def test_a_tokenizer_that_fails_fails_one_request(llm: LLM, truth: Truth, monkey
         bad, good = llm.generate([prompt, other], greedy(8))
         assert isinstance(bad.error, LLMAPIError) and "cannot decode" in str(bad.error)
         assert (good.error, good.outputs[0].token_ids) == (None, truth.greedy(other, 8))
+        first, eighth = Gate(1), Gate(8)
+        future = llm.generate_async(prompt, greedy(50, logits_processors=[first, eighth]))
+        assert first.reached.wait(20)
+        future._skip_states()
+        first.opened.set()
+        assert eighth.reached.wait(20)
+        future.abort()
+        eighth.opened.set()
+        with pytest.raises(LLMAPIError, match="cannot decode"):
+            future.result(20)
     assert idle(llm)
     assert llm.generate(prompt, greedy(8)).outputs[0].token_ids == truth.greedy(prompt, 8)
 

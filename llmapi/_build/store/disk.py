@@ -72,9 +72,9 @@ class Layout:
         for folder in (self.root, self.top, self.staging, self.locks, self.quarantine):
             folder.mkdir(mode=0o700, exist_ok=True)
 
-    def folders(self) -> Iterator[tuple[str, str, Path]]:
-        """``(kind, digest, path)`` of everything that looks like an entry, in a stable order."""
-        for kind in _names(self.top):
+    def folders(self, only: str | None = None) -> Iterator[tuple[str, str, Path]]:
+        """``(kind, digest, path)`` of everything that looks like an entry of this kind, or of any, in a stable order."""
+        for kind in _names(self.top) if only is None else [only]:
             if is_kind(kind):
                 for digest in _names(self.top / kind):
                     path = self.top / kind / digest

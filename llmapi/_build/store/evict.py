@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,27 +61,26 @@ class PruneReport:
 def list_entries(layout: Layout) -> list[EntryInfo]:
     """Every entry with a sound manifest, least recently used first."""
     found = []
-    for kind, digest, path in layout.folders():
+    for m, path in manifests(layout):
+        use = last_use(path, m)
+        found.append(EntryInfo(m.kind, m.digest, m.label, m.size, m.created, use.time, use.hits, use.tick, m))
+    return sorted(found, key=lambda e: (e.tick, e.kind, e.digest))
+
+
+def manifests(layout: Layout, only: str | None = None) -> Iterator[tuple[Manifest, Path]]:
+    """Every sound manifest, of one kind or of all, and its entry's folder."""
+    for kind, digest, path in layout.folders(only):
         try:
-            manifest = Manifest.read(path / "manifest.json")
+            manifest = Manifest.read_again(path / "manifest.json")
         except (OSError, CacheError):
             continue
         if (manifest.kind, manifest.digest) == (kind, digest):
-            use = store_use.read_use(path) or store_use.Use(0, max(0, int(manifest.created * 1e9)), manifest.created)
-            found.append(
-                EntryInfo(
-                    kind,
-                    digest,
-                    manifest.label,
-                    manifest.size,
-                    manifest.created,
-                    use.time,
-                    use.hits,
-                    use.tick,
-                    manifest,
-                )
-            )
-    return sorted(found, key=lambda e: (e.tick, e.kind, e.digest))
+            yield manifest, path
+
+
+def last_use(path: Path, manifest: Manifest) -> store_use.Use:
+    """When an entry was used; where nothing tells, when it was made."""
+    return store_use.read_use(path) or store_use.Use(0, max(0, int(manifest.created * 1e9)), manifest.created)
 
 
 def in_use(layout: Layout, kind: str, digest: str) -> bool:

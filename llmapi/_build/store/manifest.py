@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,29 @@ class Manifest:
         with path.open("rb") as f:
             data = f.read(MAX_BYTES + 1)
         return cls.load(data)
+
+    @classmethod
+    def read_again(cls, path: Path) -> Manifest:
+        """As :meth:`read`, for those who list: what was read before and has not been written to since is not read again.
+
+        A file that changed within the last moments is always read: its times may not tell of one more change.
+        """
+        stat = path.stat()
+        seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        kept = _KEPT.get(path)
+        if kept is not None and kept[0] == seen:
+            return kept[1]
+        manifest = cls.read(path)
+        if time.time_ns() - max(seen[2:]) > _SETTLED_NS:
+            if len(_KEPT) >= _MOST_KEPT:
+                _KEPT.clear()
+            _KEPT[path] = seen, manifest
+        return manifest
+
+
+_KEPT: dict[Path, tuple[tuple[int, int, int, int], Manifest]] = {}
+_MOST_KEPT = 4096
+_SETTLED_NS = 50_000_000  # file systems' clocks tick every 10 ms or faster
 
 
 def _files(data: object) -> dict[str, FileRecord]:

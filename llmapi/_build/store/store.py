@@ -18,6 +18,7 @@ b'plan'
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import time
@@ -42,6 +43,8 @@ from llmapi.errors import CacheError
 __all__ = ["CacheReport", "Entry", "EntryInfo", "Manifest", "Problem", "PruneReport", "Staging", "Store"]
 
 log = logging.getLogger(__name__)
+
+_LIST_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +76,26 @@ class Store:
         self._budget = budget_bytes
         self._counters = Counters()
         self._locks_work = False
+        # Listing all entries takes a while, and a cold start builds a hundred: after a look at them there is none until
+        # this object has built an eighth of what was left, or others have had time to build.
+        self._unlisted, self._spare, self._list_at = 0, 0, 0.0
 
     # ---- finding and building
 
-    def get(self, kind: str, key: Key) -> Entry | None:
+    def get(self, kind: str, key: Key, *, explain: bool = True) -> Entry | None:
         """Open the entry of ``key``, or None where there is none; a damaged one is set aside and counts as none.
 
         Files are checked by size; only small ones, and those written to since they were built, are hashed.
 
         Args:
             kind: "weights", "engine", "graph", ...
+            explain: whether the line about a miss says which entry is nearest; that takes a look at all of the kind.
         """
         found = self._find(kind, key.digest)
         if isinstance(found, Entry):
             self._counters.add(f"hit: {found}", hits=1)
             return found
-        line = f"miss: {kind}: {found or self._why(kind, key)}"
+        line = f"miss: {kind}: {found or (self._why(kind, key) if explain else key.digest[:12])}"
         self._counters.add(line, misses=1)
         log.debug("%s", line)
         return None
@@ -101,6 +108,7 @@ class Store:
         builder: Callable[[Staging], None],
         *,
         on_wait: Callable[[float], None] | None = None,
+        explain: bool = True,
     ) -> Entry:
         """Open the entry of ``key``; where there is none, build it, or wait for the process that is building it.
 
@@ -108,13 +116,14 @@ class Store:
             label: what people call the entry, such as the model's name; no part of the key.
             builder: writes the entry's files. Whatever it raises leaves nothing behind.
             on_wait: called with the seconds waited so far, up to five times a second, while another process builds.
+            explain: see :meth:`get`.
 
         Raises:
             CacheError: the root cannot be written, its disk is full, or its file system has no usable locks.
         """
         with contextlib.suppress(OSError):
             store_staging.sweep(self._layout)
-        existing = self.get(kind, key)
+        existing = self.get(kind, key, explain=explain)
         if existing is not None:
             return existing
         label = label.encode("utf-8", "replace").decode()  # it ends up in terminals and logs
@@ -146,20 +155,27 @@ class Store:
                 )
         size, seconds = entry.manifest.size, time.monotonic() - start
         self._counters.add(f"built: {entry}, {size_text(size)} in {seconds:.1f} s", builds=1, written_bytes=size)
-        with contextlib.suppress(OSError):
-            self._prune(self.budget())
+        self._unlisted += size
+        if self._unlisted > self._spare or time.monotonic() > self._list_at:
+            with contextlib.suppress(OSError):
+                self._prune(self.budget())
         return entry
 
     def nearest(self, kind: str, key: Key) -> tuple[Manifest, list[PartDiff]] | None:
         """The entry whose key differs in the fewest parts, and the differences from it to ``key``; None without any."""
-        best: tuple[tuple[int, int, int], Manifest, list[PartDiff]] | None = None
-        for entry in self.entries():
-            if entry.kind == kind:
-                diff = entry.manifest.key.diff(key)
-                rank = (len(diff), sum(len(d.lines()) for d in diff), -entry.tick)
-                if best is None or rank < best[0]:
-                    best = rank, entry.manifest, diff
-        return best and best[1:]
+        near: list[tuple[Manifest, list[PartDiff], Path]] = []
+        for manifest, path in store_evict.manifests(self._layout, kind):
+            diff = manifest.key.diff(key)
+            if near and len(diff) < len(near[0][1]):
+                near.clear()
+            if not near or len(diff) == len(near[0][1]):
+                near.append((manifest, diff, path))
+
+        def rank(one: tuple[Manifest, list[PartDiff], Path]) -> tuple[int, int]:
+            manifest, diff, path = one
+            return sum(len(d.lines()) for d in diff), -store_evict.last_use(path, manifest).tick
+
+        return min(near, key=rank)[:2] if near else None
 
     def snapshot(self) -> CacheReport:
         """What this object did so far."""
@@ -294,6 +310,9 @@ class Store:
 
     def _prune(self, budget: int | None, lack: int = 0) -> PruneReport:
         report = store_evict.prune(self._layout, budget, lack=lack)
+        if budget is not None:
+            self._unlisted, self._spare = 0, (budget - report.left) // 8
+            self._list_at = time.monotonic() + _LIST_SECONDS
         for entry in report.removed:
             line = f"evicted: {entry}, {size_text(entry.size)}"
             log.info("%s", line)
@@ -305,6 +324,7 @@ class Store:
             self._prune(None, lack)
 
 
+@functools.cache
 def _version() -> str:
     try:
         return importlib.metadata.version("llmapi")
