@@ -304,14 +304,21 @@ class ContextAttention:
             shared=self._tiles.shared,
         )
 
-    def _kernel(self, adjust: bool, merge: bool) -> Kernel:
+    def other_units(self) -> list[Unit]:
+        """What steps of another length will need compiled, by what those so far needed."""
+        return [self._unit(adjust, not merge) for adjust, merge in self._kernels] if self._hopper else []
+
+    def _unit(self, adjust: bool, merge: bool) -> Unit:
         if self._hopper:
             options = {"LLM_ADJUST": int(adjust), "LLM_MERGE": int(merge)}
-            unit = _unit("context_attention_sm90.cu", self._dtype, self._head_dim, self._tiles, **options)
+            return _unit("context_attention_sm90.cu", self._dtype, self._head_dim, self._tiles, **options)
+        return _unit("context_attention.cu", self._dtype, self._head_dim, self._tiles)
+
+    def _kernel(self, adjust: bool, merge: bool) -> Kernel:
+        entry, signature = "context_attention", "pplpppipiiififpp"
+        if self._hopper:
             entry, signature = "context_attention_sm90", "ptttpipppiiififpp"
-        else:
-            unit = _unit("context_attention.cu", self._dtype, self._head_dim, self._tiles)
-            entry, signature = "context_attention", "pplpppipiiififpp"
+        unit = self._unit(adjust, merge)
         return self._gpu.kernel(unit, entry, signature, shared=self._tiles.shared, overlap=True)
 
     @property

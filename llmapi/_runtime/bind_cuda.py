@@ -23,8 +23,9 @@ from llmapi._kernels.gated_activation_cuda import gated_activation
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.nvrtc import Unit
 from llmapi._kernels.rotary_cuda import rotary_kv_write
+from llmapi._kernels.skinny_linear_layout import BUCKETS
 from llmapi._runtime.graph_uses import GraphUses
-from llmapi._runtime.linear_cuda import CudaLinear, LinearChoices, NormBetween
+from llmapi._runtime.linear_cuda import CudaLinear, LinearChoices, NormBetween, bucket_of
 from llmapi._runtime.program import Call, Slot, call_of, torch_function
 from llmapi._runtime.step_buffers import StepShape
 from llmapi.config import EngineConfig
@@ -105,6 +106,7 @@ class Binder:
         self._decode = DecodeAttention(gpu, **heads, fusions=set(self._fusions.values()))
         self._context = ContextAttention(gpu, **heads, max_num_tokens=config.max_num_tokens)
         self.choices = LinearChoices(gpu, dtype)
+        self._max_tokens = config.max_num_tokens
 
     def linear_groups(self) -> list[tuple[str | None, list[torch.Tensor]]]:
         """Linear layers of one shape and epilogue: the activation fused into them, if any, and their weights."""
@@ -115,9 +117,16 @@ class Binder:
         return [(key[0], weights) for key, weights in groups.items()]
 
     def units(self, rows: tuple[int, ...]) -> list[Unit]:
-        """What norms in linear layers need compiled for these numbers of rows, by what was chosen for the layers."""
+        """What linear layers and norms in them need compiled for these numbers of rows, by what was chosen."""
+        shapes = {(*self._values[name].shape, gate) for name, gate in self._uses.linears()}
+        products = [self.choices.unit(r, n, k, gate) for r in rows for n, k, gate in shapes]
         norms = [self._norm_between(node) for node in self._graph.nodes if node.op == "llmapi.add_rms_norm.default"]
-        return list(dict.fromkeys(unit for norm in norms if norm is not None for r in rows for unit in norm.units(r)))
+        parts = [unit for norm in norms if norm is not None for r in rows for unit in norm.units(r)]
+        return list(dict.fromkeys([*(unit for unit in products if unit is not None), *parts]))
+
+    def later_units(self) -> list[Unit]:
+        """What steps of other sizes than those of the start will need compiled."""
+        return self.units(tuple(r for r in BUCKETS if r <= bucket_of(self._max_tokens))) + self._context.other_units()
 
     def begin(self, plan: CudaPlan) -> None:
         """Launch what divides the step's attention among the multiprocessors; once, before all layers."""

@@ -11,6 +11,7 @@ import torch
 
 from llmapi._build.graph import Graph
 from llmapi._kernels.gpu import Gpu
+from llmapi._kernels.nvrtc import Unit
 from llmapi._kernels.step_cuda import copy_blocks, resolve_ids
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.beam_moves import BeamMover
@@ -90,6 +91,10 @@ class CudaEngine(Engine):
         self._block_bytes = next(iter(self._caches.values()))[0].nbytes
         self._mover = BeamMover(gpu, self._cache_pointers, config.block_size, self._block_bytes // config.block_size)
         self._graphs = Graphs(gpu, config.max_batch_size, config.max_num_tokens)
+
+    def later_units(self) -> list[Unit]:
+        """What steps will need compiled that no step of the start needed."""
+        return self._binder.later_units()
 
     def sampler(self, tokenizer: SamplerTokenizer | None) -> Sampler:
         """A sampler that chooses on the GPU."""

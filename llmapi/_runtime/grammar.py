@@ -64,6 +64,7 @@ class Grammars:
         self._lock = threading.Lock()
         self._kept: OrderedDict[GrammarKey, Future[Grammar]] = OrderedDict()
         self._threads: ThreadPoolExecutor | None = None
+        self._closed = False
         self._tokens: Any = None
         self._making_tokens = threading.Lock()
 
@@ -77,9 +78,7 @@ class Grammars:
         with self._lock:
             found = self._kept.get(params.key)
             if found is None:
-                if self._threads is None:
-                    self._threads = ThreadPoolExecutor(2, thread_name_prefix="llmapi-grammar")
-                found = self._kept[params.key] = self._threads.submit(self.compile, params.key)
+                found = self._kept[params.key] = self._pool().submit(self.compile, params.key)
                 while len(self._kept) > _MOST:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(params.key)
@@ -101,9 +100,9 @@ class Grammars:
     def _more(self, key: GrammarKey, count: int) -> Future[list[Any]] | None:
         """Begin to compile a grammar so many times more."""
         with self._lock:
-            if self._threads is None:
+            if self._closed:
                 return None
-            return self._threads.submit(lambda: [self._matcher(key) for _ in range(count)])
+            return self._pool().submit(lambda: [self._matcher(key) for _ in range(count)])
 
     def _matcher(self, key: GrammarKey) -> Any:
         from llguidance import LLMatcher
@@ -120,10 +119,16 @@ class Grammars:
     def close(self) -> None:
         """End the threads; what is being compiled is not waited for."""
         with self._lock:
+            self._closed = True
             if self._threads is not None:
                 self._threads.shutdown(wait=False, cancel_futures=True)
                 self._threads = None
             self._kept.clear()
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(2, thread_name_prefix="llmapi-grammar")
+        return self._threads
 
     def _check(self) -> None:
         if self._tokenizer is None:

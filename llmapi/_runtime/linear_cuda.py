@@ -73,6 +73,11 @@ class LinearChoices:
         found = self.table.get(self.name(rows, n, k, gate), CUBLAS)
         return None if found == CUBLAS else found
 
+    def unit(self, rows: int, n: int, k: int, gate: str | None) -> Unit | None:
+        """What a product will need compiled; None for cuBLAS."""
+        variant = self.variant(rows, n, k, gate)
+        return None if variant is None or self.kernel is None else self.kernel.unit(rows, n, k, gate, variant)
+
     def tune(self, groups: list[tuple[str | None, list[torch.Tensor]]], rows: tuple[int, ...] = ROWS) -> None:
         """Measure every case.
 

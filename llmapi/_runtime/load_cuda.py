@@ -80,7 +80,8 @@ def load_cuda(
             utilization=prepared.utilization,
             tune=tune,
         )
-        gpu.expect([*beam_cuda.units_for(gpu, *logits), *beam_reorder_cuda.units(prepared.config.dtype)], calmly=True)
+        beams = [*beam_cuda.units_for(gpu, *logits), *beam_reorder_cuda.units(prepared.config.dtype)]
+        gpu.expect([*engine.later_units(), *beams], calmly=True)  # so that no request has to wait for a compiler
         return engine
     except BaseException:
         gpu.close()

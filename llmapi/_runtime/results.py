@@ -69,13 +69,13 @@ class RequestFuture:
     Args:
         request_id: see below.
         abort: ends the request.
-        follow: says whether states are wanted; at first they are.
+        follow: told whether states are wanted; at first they are.
 
     Attributes:
         request_id: id of the request; None where it was refused before it began.
     """
 
-    def __init__(self, request_id: str | None, abort: Abort, follow: Follow = lambda wanted: None) -> None:
+    def __init__(self, request_id: str | None, abort: Abort, follow: Follow | None = None) -> None:
         self.request_id = request_id
         self._abort = abort
         self._follow = follow
@@ -98,7 +98,7 @@ class RequestFuture:
     def _skip_states(self) -> None:
         """Have no more states made, unless somebody iterates."""
         with self._lock:
-            if not self._following:
+            if not self._following and self._follow is not None:
                 self._follow(False)
 
     def _put(self, item: RequestOutput | LLMAPIError) -> None:
@@ -149,7 +149,8 @@ class RequestFuture:
     async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
         with self._lock:
             self._following += 1
-            self._follow(True)
+            if self._follow is not None:
+                self._follow(True)
         try:
             async with contextlib.aclosing(self._until_final()) as states:
                 async for state in states:

@@ -19,7 +19,7 @@ from llmapi._build.export import export_graph
 from llmapi._build.tensor_file import TensorFile
 from llmapi._kernels import relative_error, skinny_linear_cuda
 from llmapi._kernels.skinny_linear_cuda import SkinnyLinear, Unscaled
-from llmapi._kernels.skinny_linear_layout import SCALES, WRITES
+from llmapi._kernels.skinny_linear_layout import BUCKETS, SCALES, WRITES
 from llmapi._runtime import linear_cuda
 from llmapi._runtime.engine_cuda import CudaEngine
 from llmapi._runtime.graph_uses import GraphUses
@@ -239,8 +239,11 @@ def test_units_are_those_of_what_was_chosen(engines: Engines) -> None:
     engine, model, _ = engines("llama-gqa")
     width, inner = model.config.hidden_size, model.config.intermediate_size
     qkv = width + 2 * 2 * 64
+    products = [(width, width, None), (width, inner, None), (2 * inner, width, "silu"), (qkv, width, None)]
+    products.append((model.config.vocab_size, width, None))
+    plain = {(rows, *product, VARIANT, 0) for rows in (1, 8) for product in products}
     asked = set(engine._binder.units((1, 8)))
-    assert asked == {
+    assert asked == plain | {
         unit
         for rows in (1, 8)
         for unit in (
@@ -250,8 +253,11 @@ def test_units_are_those_of_what_was_chosen(engines: Engines) -> None:
             (rows, qkv, width, None, VARIANT, SCALES),
         )
     }
+    later = engine.later_units()
+    assert asked - set(later) == {unit for unit in asked if unit[0] == 1}  # whose code is that of 8 rows
+    assert {unit[0] for unit in later} == set(BUCKETS)
     engines.product.refuses = {(2 * inner, SCALES), (qkv, SCALES)}
-    assert engine._binder.units((1, 8)) == []
+    assert set(engine._binder.units((1, 8))) == plain
 
 
 def test_steps_of_decoding_take_every_row_without_a_gather(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
