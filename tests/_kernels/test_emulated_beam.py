@@ -25,8 +25,11 @@ def gpu(request: pytest.FixtureRequest, kernel_folder: Path, monkeypatch: pytest
     return EmulatedGpu(kernel_folder, capability=request.param, sms=48)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [7, 11, 1000, 5003])
+@pytest.mark.parametrize(
+    ("vocab", "dtype"),
+    [(vocab, dtype) for vocab in (7, 11, 5003) for dtype in DTYPES] + [(1000, torch.bfloat16)],
+    ids=str,
+)
 def test_candidates(gpu: Any, vocab: int, dtype: torch.dtype) -> None:
     beam_tests.test_candidates(gpu, vocab, dtype, SEED)
 

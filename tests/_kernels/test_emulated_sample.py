@@ -74,8 +74,11 @@ def test_failures_and_infinities(gpu: Any) -> None:
     sample_tests.test_failures_and_infinities(gpu)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("vocab", "n"), [(9, 12), (5003, 12), (5003, 1)])
+@pytest.mark.parametrize(
+    ("vocab", "n", "dtype"),
+    [(vocab, n, dtype) for vocab, n in ((9, 12), (5003, 12)) for dtype in DTYPES] + [(5003, 1, torch.bfloat16)],
+    ids=str,
+)
 def test_logprobs(gpu: Any, vocab: int, n: int, dtype: torch.dtype) -> None:
     sample_tests.test_logprobs(gpu, vocab, dtype, n, cases.SEED)
 

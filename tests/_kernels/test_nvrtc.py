@@ -28,6 +28,9 @@ LIKE_ANOTHER = ("sm_86", "sm_89", "sm_100", "sm_103")
 HOPPERS = [path.name for path in CSRC.glob("*.cu") if "wgmma" in path.read_text()]
 """Sources whose accumulators must all have registers on sm_90a, which the compiler says only where it optimizes."""
 
+AS_USERS_GET_IT = ("sm_80", "sm_90a")
+"""Architectures for which the last specialization of each source is optimized; the rest goes the quick way."""
+
 QUICK = "--Ofast-compile=max"
 """Front end and assembler refuse the same things, without the optimizer's time, which is most of it."""
 
@@ -35,13 +38,16 @@ QUICK = "--Ofast-compile=max"
 def to_compile(module: str, arch: str) -> Iterator[tuple[Unit, bool]]:
     """What of a module's units this test compiles for an architecture, and whether the quick way will do.
 
-    As users get it: the last specialization of each source (in clusters, if any), and all of Hopper's own.
+    As users get it: for two architectures the last specialization of each source (in clusters, if any), and all of
+    Hopper's own. Of clusters, 1 and 8 blocks in every type, and the numbers between in one.
     """
     types = DTYPE_MACRO if arch == "sm_90a" else ["float16" if arch == "sm_75" else "bfloat16"]  # Turing: no bfloat16
     for dtype in types:
         units = importlib.import_module(f"llmapi._kernels.{module}").units(dtype)
         if arch < "sm_90" and not arch.startswith("sm_1"):
             units = [unit for unit in units if int(dict(unit.defines).get("SPLIT", 1)) == 1]  # no clusters there
+        if dtype != "bfloat16":
+            units = [unit for unit in units if int(dict(unit.defines).get("SPLIT", 1)) not in (2, 4)]
         first, last = {unit.source: unit for unit in reversed(units)}, {unit.source: unit for unit in units}
         for unit in units:
             if arch not in FULL:
@@ -50,7 +56,8 @@ def to_compile(module: str, arch: str) -> Iterator[tuple[Unit, bool]]:
             elif arch == "sm_90a" and dtype != "bfloat16":
                 yield unit, True
             else:
-                yield unit, unit != last[unit.source] and not (arch == "sm_90a" and unit.source in HOPPERS)
+                optimized = unit == last[unit.source] and arch in AS_USERS_GET_IT
+                yield unit, not optimized and not (arch == "sm_90a" and unit.source in HOPPERS)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

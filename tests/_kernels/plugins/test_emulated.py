@@ -31,8 +31,13 @@ def test_add_rms_norm(gpu: EmulatedGpu, dtype: torch.dtype) -> None:
     cases.add_rms_norm(gpu, dtype)
 
 
-@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "block_size"),
+    [(torch.bfloat16, size) for size in (8, 16, 32, 64, 128)]
+    + [(torch.float32, size) for size in (8, 32, 128)]
+    + [(torch.float16, size) for size in (16, 64)],
+    ids=str,
+)
 def test_attention(gpu: EmulatedGpu, dtype: torch.dtype, block_size: int) -> None:
     heads, kv_heads = {8: (6, 2), 16: (2, 2), 32: (4, 1), 64: (3, 3), 128: (4, 2)}[block_size]
     cases.attention(gpu, dtype, heads, kv_heads, 64, block_size)
@@ -51,7 +56,7 @@ def test_head_sizes(gpu: EmulatedGpu, head_dim: int, heads: int, kv_heads: int) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_in_parts(gpu: EmulatedGpu, dtype: torch.dtype) -> None:
     """Into more parts than a sequence has tiles, into a few, and into one."""
-    for parts in (150, 40, 2):
+    for parts in (150, 40, 2) if dtype == torch.bfloat16 else (40,):
         cases.attention(gpu, dtype, 4, 2, 64, 16, ["mixed", "decode"], parts=parts)
     cases.attention(gpu, dtype, 20, 1, 80, 8, ["decode"], ["plain", "all"], parts=60)
 
