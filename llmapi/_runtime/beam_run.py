@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,6 +50,9 @@ class Mover(Protocol):
     def inherit(self, heir: Sequence, parent: Sequence) -> None:
         """See :meth:`llmapi._runtime.scheduler.Scheduler.inherit`."""
 
+    def rewind(self, seq: Sequence) -> None:
+        """See :meth:`llmapi._runtime.scheduler.Scheduler.rewind`."""
+
     def finish(self, seq: Sequence) -> None:
         """See :meth:`llmapi._runtime.scheduler.Scheduler.finish`."""
 
@@ -71,8 +75,9 @@ class BeamRun:
     or is a new one.
 
     While the host waits for a step's candidates, the next step may have been launched, for which the device chose by
-    the same rules: :meth:`reserve` then puts a reference in the place of each beam's token, and :meth:`advance`
-    follows.
+    the same rules, but for stop texts: :meth:`reserve` then puts a reference in the place of each beam's token, and
+    :meth:`advance` follows. Where a stop text has ended a beam, that step is not committed. By then the device has
+    given rows to other beams whose own the host may want to keep, so these compute again what their last block held.
 
     Args:
         request: with ``use_beam_search``; its one sequence is the prompt.
@@ -107,6 +112,9 @@ class BeamRun:
         self._stopped: FinishReason | None = None
         self._reserved = False  # whether the sequences end in references
         self._bare = not (grouped or self._kept or self._guided)  # beams carry nothing but their tokens
+        self._ahead = not (
+            grouped or self._keeps or self._guided
+        )  # the device can tell who goes on, but for stop texts
         self.blocks = 0
         self.over = False
 
@@ -114,8 +122,8 @@ class BeamRun:
 
     @property
     def steady(self) -> bool:
-        """Whether it has all its beams, and these carry nothing that the host must see between two tokens."""
-        return self._bare and len(self._rows[0]) == self._size
+        """Whether it has all its beams, and these carry nothing that a step depends on."""
+        return self._ahead and len(self._rows[0]) == self._size
 
     def asks(self, first_row: int, carried: int | None = None) -> list[BeamAsk]:
         """What to ask of a step.
@@ -125,7 +133,7 @@ class BeamRun:
             carried: where the scores of the beams are on the device, if they are not known here yet; see
                 :class:`BeamAsk`.
         """
-        if self._bare:
+        if self._ahead:
             self._asked = [0]
             scores = self._groups[0].scores if carried is None else []
             return [BeamAsk(self._rows[0], scores, first_row, self._count, self._size == 1, carried)]
@@ -167,8 +175,8 @@ class BeamRun:
             moved: whether the next step was launched, for which the device has moved the beams.
 
         Returns:
-            False where the beams did not move as on the device, because fewer of them go on than there were: that step
-            is not to be committed for them.
+            False where the beams did not move as on the device, because fewer of them go on than there were, or because
+            a stop text has ended one: that step is not to be committed for them.
 
         Raises:
             RequestError: the request cannot go on.
@@ -182,6 +190,7 @@ class BeamRun:
         taken: Counter[int] = Counter()
         penalty = self._request.params.diversity_penalty
         moves: list[_Move] = []
+        followed, lost = True, set[int]()
         for place, (g, own) in enumerate(zip(self._asked, found, strict=True)):
             if own.error is not None:
                 raise own.error
@@ -196,6 +205,11 @@ class BeamRun:
             ranks, new = beams.advance(scores, rows, tokens, self._ends, ending)
             if penalty:
                 taken.update([tokens[rank] for rank in ranks])
+            if moved:
+                on_device = self._on_device(scores, tokens)
+                followed = ranks == on_device
+                if not followed:
+                    lost = _displaced([rows[rank] for rank in on_device], len(seqs))
             if not beams.over:
                 move.children = [(rows[rank], tokens[rank], scores[rank]) for rank in ranks]
             if self._keeps:
@@ -206,11 +220,15 @@ class BeamRun:
         self.over = all(beams.over for beams in self._groups)
         if not beams.length % _LOOK or self.over:
             self._count_blocks()
-        followed = True
         if not self.over:
-            followed = not moved or len(moves[0].children) == self._size
-            self._reorder(moves, scheduler, moved and followed)
-        return followed
+            self._reorder(moves, scheduler, moved and followed, lost)
+        return followed or self.over
+
+    def _on_device(self, scores: list[float], tokens: list[int]) -> list[int]:
+        """Ranks of the candidates with which the device has gone on; none where they are too few: nobody has moved."""
+        able = (rank for rank, token in enumerate(tokens) if token not in self._ends and scores[rank] > NEVER)
+        ranks = list(itertools.islice(able, self._size))
+        return ranks if len(ranks) == self._size else []
 
     def _advance_bare(self, found: Found, scheduler: Mover, moved: bool) -> bool:
         """The common case of :meth:`advance`: all beams go on, and they carry nothing but their tokens.
@@ -247,8 +265,15 @@ class BeamRun:
         held = set().union(*(seq.block_table for seq in self._request.sequences))
         self.blocks = max(self.blocks, len(held))
 
-    def _reorder(self, moves: list[_Move], scheduler: Mover, moved: bool) -> None:
-        """Turn the beams into their continuations: first who stands where, then the tokens."""
+    def _reorder(self, moves: list[_Move], scheduler: Mover, moved: bool, lost: set[int]) -> None:
+        """Turn the beams into their continuations: first who stands where, then the tokens.
+
+        Args:
+            moves: of each group.
+            scheduler: moves their blocks.
+            moved: whether the device has done so.
+            lost: rows of beams whose last block the device has given to others, when it should not have.
+        """
         take = scheduler.inherit if moved else scheduler.adopt
         extended: list[tuple[Sequence, int]] = []
         kept: list[tuple[Sequence, Kept]] = []
@@ -283,6 +308,9 @@ class BeamRun:
             going = [child for child in taken if child is not None]
             self._groups[move.group].go_on([child[2] for child in going])
             extended += [(seq, child[1]) for seq, child in zip(own, going, strict=True)]
+            for seq, child in zip(own, going, strict=True) if lost else ():
+                if child[0] in lost:
+                    scheduler.rewind(seq)
             for seq, child in zip(own, going, strict=True) if self._guided else ():
                 seq.guide = move.guides[child[0], child[1]]
         for seq, token in extended:
@@ -384,3 +412,14 @@ class BeamRun:
             if not beams.over
             for pair in zip(beams.scores, seqs, strict=False)
         ]
+
+
+def _displaced(parents: list[int], rows: int) -> set[int]:
+    """Rows that another beam has got.
+
+    Args:
+        parents: by rank, the row of the beam that goes on; as many as there are rows, or none.
+        rows: how many there are.
+    """
+    by_row, _ = seats(parents, rows)
+    return {row for row, rank in enumerate(by_row) if rank is not None and parents[rank] != row}

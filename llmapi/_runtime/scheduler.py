@@ -178,6 +178,11 @@ class Scheduler:
         assert self._both_run(heir, parent), "a plan has no place for sequences without blocks"
         inherit(self.pool, heir, parent)
 
+    def rewind(self, seq: Sequence) -> None:
+        """Let ``seq`` compute again what it has begun of its last block: that was overwritten."""
+        if seq.status is Status.RUNNING:
+            seq.num_computed -= seq.num_computed % self.pool.block_size
+
     def _both_run(self, heir: Sequence, parent: Sequence) -> bool:
         runs = heir.status is Status.RUNNING
         assert runs == (parent.status is Status.RUNNING), "the beams of a search lose their blocks together"

@@ -72,12 +72,18 @@ def mix(rng: random.Random, truth: Truth, prompts: list[list[int]]) -> list[Samp
             SamplingParams(temperature=0, max_tokens=count),
             SamplingParams(temperature=0.9, seed=i, max_tokens=count),
             SamplingParams(temperature=0.9, seed=i, max_tokens=count, n=2, stop=["a"]),
-            beam(width, count, stop=["e"]),
+            beam(
+                width,
+                count,
+                **plain,
+                stop=rng.sample(["e", "th", "a", "zz", " "], 2),
+                min_tokens=min(count, rng.randrange(3)),
+            ),
             beam(4, count, num_beam_groups=2, diversity_penalty=0.5),
             beam(width, count, logprobs=1),
             beam(width, count, **plain, **edits(rng, often, count)),
         ]
-        params.append(rng.choices(kinds, [9, 3, 2, 0.3, 0.3, 0.3, 0.3, 6])[0])
+        params.append(rng.choices(kinds, [9, 3, 2, 0.3, 3, 0.3, 0.3, 11])[0])
     return params
 
 
@@ -98,7 +104,7 @@ def edits(rng: random.Random, often: list[int], count: int) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(6))
 def test_searches_are_those_of_the_synchronous_way(seed: int, checkpoint: Path, cache: Path, truth: Truth) -> None:
     """Random mixes, with preemption where the pool is small; device and host hold the same tables after each step."""
-    rng = random.Random(seed)
+    rng = random.Random(seed + 20)
     prompts = prompts_of([rng.randint(1, 30) for _ in range(30)], seed)
     params = mix(rng, truth, prompts)
     small = seed % 2 == 1
@@ -199,20 +205,47 @@ def test_a_search_that_loses_beams_goes_on_without_the_step_that_was_ahead(check
         params = beam(4, 22, n=4, early_stopping="never", length_penalty=3.0)
         with start(checkpoint, cache, block_size=size) as llm:
             compared = watch_tables(llm, lambda row, llm=llm: llm._loop._engine.tables[row])  # type: ignore[misc]
-            dropped = 0
-            land = llm._loop._landing._land_beams
-
-            def watched(flight: Any, found: Any, following: Any, land: Any = land) -> None:
-                nonlocal dropped
-                land(flight, found, following)
-                dropped += following is not None and len(following.dropped)
-
-            llm._loop._landing._land_beams = watched  # type: ignore[method-assign]
+            dropped = watch_dropped(llm)
             ahead = llm.generate(prompt, params)
-            assert dropped >= 2 and compared() > 20
+            assert len(dropped) >= 2 and compared() > 20
             until(lambda: idle(llm))
             llm._loop.plans_beams_ahead = False
             assert told(llm.generate(prompt, params)) == told(ahead)
+
+
+def test_a_stop_text_takes_back_the_step_that_was_ahead(checkpoint: Path, cache: Path, truth: Truth) -> None:
+    prompts = prompts_of([6, 11, 17, 23], seed=9)
+    free = {"early_stopping": "never", "length_penalty": 2.0, "ignore_eos": True}
+    with start(checkpoint, cache) as llm:
+        found = [llm.generate(prompt, beam(4, 24, n=4, **free)) for prompt in prompts]
+        texts = [output.outputs[2].text for output in found]
+        params = [beam(4, 24, n=4, stop=[text[4:6], text[9:12]], **free) for text in texts]
+        compared, dropped, moves = (
+            watch_tables(llm, lambda row: llm._loop._engine.tables[row]),  # type: ignore[attr-defined]
+            watch_dropped(llm),
+            PlayedEngine.moves,
+        )
+        ahead = llm.generate(prompts, params, use_tqdm=False)
+        until(lambda: idle(llm))
+        assert len(dropped) >= 3 and compared() > 40 and PlayedEngine.moves - moves > 10
+        stopped = [o.stop_reason for output in ahead for o in output.outputs if o.finish_reason == "stop"]
+        assert len(stopped) >= 4
+        llm._loop.plans_beams_ahead = False
+        for one, other in zip(llm.generate(prompts, params, use_tqdm=False), ahead, strict=True):
+            assert told(one) == told(other)
+
+
+def watch_dropped(llm: LLM) -> list[Any]:
+    """Grows by each search whose step was launched ahead and not committed."""
+    dropped: list[Any] = []
+    land = llm._loop._landing._land_beams
+
+    def watched(flight: Any, found: Any, following: Any) -> None:
+        land(flight, found, following)
+        dropped.extend(following.dropped if following is not None else ())
+
+    llm._loop._landing._land_beams = watched  # type: ignore[method-assign]
+    return dropped
 
 
 def test_a_search_that_fails_fails_alone(checkpoint: Path, cache: Path) -> None:
