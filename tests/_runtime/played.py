@@ -179,3 +179,16 @@ def watch_tables(llm: LLM, table_of: Callable[[int], list[int]]) -> Callable[[],
 
     loop._launch, scheduler.commit = watched_launch, watched_commit  # type: ignore[method-assign]
     return lambda: compared
+
+
+def watch_dropped(llm: LLM) -> list[Any]:
+    """Grows by each search whose step was launched ahead and not committed."""
+    dropped: list[Any] = []
+    land = llm._loop._landing._land_beams
+
+    def watched(flight: Any, found: Any, following: Any) -> None:
+        land(flight, found, following)
+        dropped.extend(following.dropped if following is not None else ())
+
+    llm._loop._landing._land_beams = watched  # type: ignore[method-assign]
+    return dropped

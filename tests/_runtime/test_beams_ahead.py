@@ -13,7 +13,7 @@ import torch
 from llmapi import LLM, RequestError, RequestOutput, SamplingParams
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.candidates import Found, PendingCandidates
-from tests._runtime.played import PlayedChooser, PlayedEngine, watch_tables
+from tests._runtime.played import PlayedChooser, PlayedEngine, watch_dropped, watch_tables
 from tests.api.beam_truth import Counted, by_transformers
 from tests.api.truth import Truth, idle, prompts_of, until
 from tests.tiny import VOCAB, tiny_checkpoint
@@ -233,19 +233,6 @@ def test_a_stop_text_takes_back_the_step_that_was_ahead(checkpoint: Path, cache:
         llm._loop.plans_beams_ahead = False
         for one, other in zip(llm.generate(prompts, params, use_tqdm=False), ahead, strict=True):
             assert told(one) == told(other)
-
-
-def watch_dropped(llm: LLM) -> list[Any]:
-    """Grows by each search whose step was launched ahead and not committed."""
-    dropped: list[Any] = []
-    land = llm._loop._landing._land_beams
-
-    def watched(flight: Any, found: Any, following: Any) -> None:
-        land(flight, found, following)
-        dropped.extend(following.dropped if following is not None else ())
-
-    llm._loop._landing._land_beams = watched  # type: ignore[method-assign]
-    return dropped
 
 
 def test_a_search_that_fails_fails_alone(checkpoint: Path, cache: Path) -> None:

@@ -20,7 +20,7 @@ from llmapi._build.tensor_file import TensorFile
 from llmapi._runtime.engine_cuda import CudaEngine
 from llmapi.config import EngineConfig
 from llmapi.models.spec import TransformerSpec
-from tests._runtime.played import watch_tables
+from tests._runtime.played import watch_dropped, watch_tables
 from tests.api.beam_truth import by_transformers
 from tests.api.truth import Truth, idle, prompts_of, until
 from tests.emulator.gpu import EmulatedGpu
@@ -192,12 +192,18 @@ def test_beams_that_are_planned_ahead(llm: LLM) -> None:
         SamplingParams(beam_width=3, n=3, max_tokens=20, repetition_penalty=1.4, min_tokens=12, **search),
         SamplingParams(beam_width=2, max_tokens=20, frequency_penalty=0.8, logit_bias={9: 2.0}, **search),
     ]
+    first: dict[str, Any] = {"beam_width": 4, "n": 4, "max_tokens": 24, "early_stopping": "never", **search}
+    text = llm.generate(prompts[3], SamplingParams(ignore_eos=True, **first)).outputs[2].text
+    prompts.append(prompts[3])
+    params.append(SamplingParams(ignore_eos=True, stop=[text[4:6], text[9:12]], **first))
     engine: Any = llm._loop._engine
+    dropped = watch_dropped(llm)
     compared = watch_tables(llm, lambda row: engine._buffers.tables[row].tolist())
     ahead = llm.generate(prompts, params, use_tqdm=False)
     until(lambda: idle(llm))
     moved = engine._mover.launches
     assert moved > 30 and compared() > 80
+    assert len(dropped) >= 1 and "stop" in [o.finish_reason for o in ahead[-1].outputs]
     llm._loop.plans_beams_ahead = False
     plain = llm.generate(prompts, params, use_tqdm=False)
     assert engine._mover.launches == moved
