@@ -112,9 +112,8 @@ class BeamRun:
         self._stopped: FinishReason | None = None
         self._reserved = False  # whether the sequences end in references
         self._bare = not (grouped or self._kept or self._guided)  # beams carry nothing but their tokens
-        self._ahead = not (
-            grouped or self._keeps or self._guided
-        )  # the device can tell who goes on, but for stop texts
+        # The device can tell who goes on, but for stop texts, which few steps complete.
+        self._ahead = not (grouped or self._keeps or self._guided)
         self.blocks = 0
         self.over = False
 
