@@ -60,8 +60,9 @@ def main() -> None:
     if asked.shape is not None:
         folder, limits["tokenizer"] = tempfile.mkdtemp(), model
         limits |= {"load_format": "dummy", "backend": "cuda"}
-        model, vocab = folder, {"vocab_size": 49152}
-        (Path(folder) / "config.json").write_text(json.dumps({**COMMON, **MODELS[asked.shape], **vocab}))
+        config = {**COMMON, **MODELS[asked.shape], "vocab_size": vocabulary(model)}
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        model = folder
     with LLM(model, max_seq_len=asked.tokens + 64, **limits) as llm:
         times = watch_masks()
         told: dict[str, list[float]] = {name: [] for name in ("free", "guided", "beside", "masks")}
@@ -78,6 +79,16 @@ def main() -> None:
     print(f"free    {free:9,.1f} tokens/s")
     print(f"guided  {guided:9,.1f} tokens/s, {guided / free:.2f} of free; mask {masks:.2f} ms a step")
     print(f"beside  {beside:9,.1f} tokens/s of the free half, {beside / (free / 2):.2f} of half the free rate")
+
+
+def vocabulary(model: str) -> int:
+    """Tokens of a model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return len(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+    return len(AutoTokenizer.from_pretrained(model))
 
 
 def run(llm: Any, requests: int, guided: int, tokens: int) -> float:

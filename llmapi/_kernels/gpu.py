@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmapi._kernels.compiling import Compiling
+from llmapi._kernels.compiling import THREADS, Compiling
 from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit, architecture, compile_unit
 from llmapi.errors import BuildError
 
@@ -184,8 +184,7 @@ class Gpu:
             units: those that may be asked for; repeated and loaded ones cost nothing.
             calmly: one at a time, as there is other work to do meanwhile.
         """
-        wanted = [unit for unit in units if unit not in self._modules]
-        self._compiling.begin(wanted, **({"threads": 1} if calmly else {}))
+        self._compiling.begin(self._missing(units), threads=1 if calmly else THREADS)
 
     def prefetch(self, units: Iterable[Unit]) -> None:
         """Get the machine code of units ahead of their first use, several at a time: NVRTC compiles on one core each.
@@ -196,8 +195,11 @@ class Gpu:
         Raises:
             BuildError: one does not compile.
         """
-        for future in self._compiling.begin(unit for unit in units if unit not in self._modules):
+        for future in self._compiling.begin(self._missing(units)):
             future.result()
+
+    def _missing(self, units: Iterable[Unit]) -> list[Unit]:
+        return [unit for unit in units if unit not in self._modules]
 
     def _load(self, unit: Unit, entry: str, signature: str, shared: int, overlap: bool) -> Kernel:
         from cuda.bindings import driver

@@ -81,7 +81,7 @@ def load_cuda(
             tune=tune,
         )
         beams = [*beam_cuda.units_for(gpu, *logits), *beam_reorder_cuda.units(prepared.config.dtype)]
-        gpu.expect([*engine.later_units(), *beams], calmly=True)  # so that no request has to wait for a compiler
+        gpu.expect([*engine.later_units(), *beams], calmly=True)  # so that few requests wait for a compiler
         return engine
     except BaseException:
         gpu.close()

@@ -78,7 +78,7 @@ class RequestFuture:
     def __init__(self, request_id: str | None, abort: Abort, follow: Follow | None = None) -> None:
         self.request_id = request_id
         self._abort = abort
-        self._follow = follow
+        self._follow: Follow = follow or (lambda wanted: None)
         self._following = 0  # iterations
         self._lock = threading.Lock()
         self._states: queue.SimpleQueue[RequestOutput | LLMAPIError] = queue.SimpleQueue()
@@ -98,7 +98,7 @@ class RequestFuture:
     def _skip_states(self) -> None:
         """Have no more states made, unless somebody iterates."""
         with self._lock:
-            if not self._following and self._follow is not None:
+            if not self._following:
                 self._follow(False)
 
     def _put(self, item: RequestOutput | LLMAPIError) -> None:
@@ -149,8 +149,7 @@ class RequestFuture:
     async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
         with self._lock:
             self._following += 1
-            if self._follow is not None:
-                self._follow(True)
+            self._follow(True)
         try:
             async with contextlib.aclosing(self._until_final()) as states:
                 async for state in states:

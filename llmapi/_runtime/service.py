@@ -142,9 +142,8 @@ class Service:
             future.refuse(error)
             return future
         loop = self.loop
-        job = Job(request, self._tokenizer, _ignore, streaming=True)
-        future = RequestFuture(request.id, lambda: loop.abort(request.id), job.follow)
-        job.listener = future.listen
+        future = RequestFuture(request.id, lambda: loop.abort(request.id), lambda wanted: job.follow(wanted))
+        job = Job(request, self._tokenizer, future.listen, streaming=True)
         loop.submit([job])
         return future
 
@@ -167,10 +166,6 @@ class Service:
 
     def _submit(self, requests: list[Request], listener: Listener, *, streaming: bool) -> None:
         self.loop.submit([Job(request, self._tokenizer, listener, streaming) for request in requests])
-
-
-def _ignore(output: RequestOutput) -> None:
-    pass
 
 
 def _same(request: Request) -> Request:
