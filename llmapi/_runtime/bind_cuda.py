@@ -118,8 +118,8 @@ class Binder:
 
     def units(self, rows: tuple[int, ...]) -> list[Unit]:
         """What linear layers and norms in them need compiled for these numbers of rows, by what was chosen."""
-        shapes = {(*self._values[name].shape, gate) for name, gate in self._uses.linears()}
-        products = [self.choices.unit(r, n, k, gate) for r in rows for n, k, gate in shapes]
+        shapes = [(gate, weights[0].shape) for gate, weights in self.linear_groups()]
+        products = [self.choices.unit(r, n, k, gate) for r in rows for gate, (n, k) in shapes]
         norms = [self._norm_between(node) for node in self._graph.nodes if node.op == "llmapi.add_rms_norm.default"]
         parts = [unit for norm in norms if norm is not None for r in rows for unit in norm.units(r)]
         return list(dict.fromkeys([*(unit for unit in products if unit is not None), *parts]))
