@@ -39,7 +39,7 @@ def test_beside_generation_and_scores(llm: LLM, truth: Truth) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0)
     running = [llm.generate_async(p, greedy) for p in prompts]
     texts = prompts_of([300, 12, 513 - 16, 9], seed=3)
-    with mixed_steps(llm) as mixed:
+    with mixed_steps(llm, 7) as mixed:
         for _ in range(2):
             for own, ids in zip(llm.encode(texts), texts, strict=True):
                 torch.testing.assert_close(own, truth.states(ids), atol=CLOSE, rtol=CLOSE)

@@ -12,7 +12,7 @@ import torch
 
 from llmapi import LLM, CapacityError, ConfigError, Perplexity, PromptTooLongError, RequestError, SamplingParams, Score
 from llmapi._runtime.scoring import windows
-from tests.api.truth import Truth, idle, prompts_of, until
+from tests.api.truth import Truth, idle, prompts_of, together, until
 from tests.tiny import VOCAB
 
 CLOSE = 1e-4
@@ -84,8 +84,9 @@ def test_preempted_scores(checkpoint: Path, cache: Path, truth: Truth, monkeypat
 
         monkeypatch.setattr(llm._loop._scheduler, "schedule", watched)
         texts = prompts_of([60, 62, 64, 66], seed=4)
-        running = [llm.generate_async(p, greedy(40)) for p in prompts_of([20, 22], seed=5)]
-        scores = llm.score([t[:10] for t in texts], [t[10:] for t in texts])
+        with together(llm, 6):
+            running = [llm.generate_async(p, greedy(40)) for p in prompts_of([20, 22], seed=5)]
+            scores = llm.score([t[:10] for t in texts], [t[10:] for t in texts])
         assert isinstance(scores, list)
         for text, score in zip(texts, scores, strict=True):
             check(score, truth, text[:10], text[10:])

@@ -63,15 +63,15 @@ class Truth:
 
     def check_probes(self, llm: LLM, text: list[int], other: list[int], tolerance: float) -> None:
         """Compare what the LLM says of the last third of ``text``, and the hidden states of both."""
-        cut = 2 * len(text) // 3
-        [score] = llm.score([text[:cut]], [text[cut:]], use_tqdm=False)  # type: ignore[misc]
-        expected = [row[token].item() for row, token in zip(self.logprobs(text)[cut - 1 : -1], text[cut:], strict=True)]
-        assert score.logprobs == pytest.approx(expected, abs=tolerance)
         states = [self.states(ids) for ids in (text, other)]
         for found, exact in zip(llm.encode([text, other], use_tqdm=False), states, strict=True):
             torch.testing.assert_close(found, exact, atol=tolerance, rtol=tolerance)
         mean = llm.embed([text, other], "mean", normalize=False, use_tqdm=False)
         torch.testing.assert_close(mean, torch.stack([s.mean(0) for s in states]), atol=tolerance, rtol=tolerance)
+        cut = 2 * len(text) // 3
+        [score] = llm.score([text[:cut]], [text[cut:]], use_tqdm=False)  # type: ignore[misc]
+        expected = [row[token].item() for row, token in zip(self.logprobs(text)[cut - 1 : -1], text[cut:], strict=True)]
+        assert score.logprobs == pytest.approx(expected, abs=tolerance)
 
 
 def check_half(llm: LLM, folder: Path, prompts: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
@@ -119,8 +119,30 @@ def idle(llm: LLM) -> bool:
 
 
 @contextmanager
-def mixed_steps(llm: LLM) -> Iterator[list[int]]:
-    """Collects, of steps in which some rows are hidden states and others logits, how many are logits."""
+def together(llm: LLM, count: int) -> Iterator[None]:
+    """Holds the loop until ``count`` requests have arrived: however slow the caller is, they begin in one step."""
+    loop = llm._loop
+    admit, arrived = loop._admit, threading.Event()
+
+    def held() -> None:
+        if not arrived.is_set():
+            until(lambda: len(loop._arriving) >= count)
+            arrived.set()
+        admit()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_admit", held)
+        yield
+
+
+@contextmanager
+def mixed_steps(llm: LLM, count: int) -> Iterator[list[int]]:
+    """Collects, of steps in which some rows are hidden states and others logits, how many are logits.
+
+    Args:
+        llm: whose steps.
+        count: requests that begin together; see :func:`together`.
+    """
     found: list[int] = []
     engine = llm._loop._engine
     original = engine.step_hidden
@@ -130,7 +152,7 @@ def mixed_steps(llm: LLM) -> Iterator[list[int]]:
             found.append(len(projected))
         return original(batch, sampled, projected)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, together(llm, count):
         patch.setattr(engine, "step_hidden", watched)
         yield found
 

@@ -197,7 +197,7 @@ def test_hidden_states_beside_text(checkpoints: dict[str, Path], cache: Path, fa
     truth = Truth(checkpoints["llama"])
     prompts, texts = prompts_of([5, 30], seed=3), prompts_of([20, 60, 7], seed=4)
     with make(checkpoints["llama"], cache) as llm:
-        with mixed_steps(llm) as mixed:
+        with mixed_steps(llm, 5) as mixed:
             running = [llm.generate_async(p, greedy(30)) for p in prompts]
             for own, ids in zip(llm.encode(texts), texts, strict=True):
                 torch.testing.assert_close(own, truth.states(ids), atol=1e-3, rtol=1e-3)

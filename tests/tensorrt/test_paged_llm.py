@@ -203,7 +203,7 @@ def test_hidden_states(family: str, checkpoints: dict[str, Path], cache: Path, w
     truth = Truth(checkpoints[family])
     prompts = prompts_of([5, 40], seed=3)
     with make(checkpoints[family], cache) as llm:
-        with mixed_steps(llm) as mixed:
+        with mixed_steps(llm, 4) as mixed:
             running = [llm.generate_async(p, greedy(14)) for p in prompts]
             for _ in range(2):
                 truth.check_probes(llm, *prompts_of([140, 9], seed=8), 2e-3)
