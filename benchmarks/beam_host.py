@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmapi._runtime.beam_found import PendingCandidates
 from llmapi._runtime.blocks import BlockPool
-from llmapi._runtime.candidates import PendingCandidates
 from llmapi._runtime.job import Job
 from llmapi._runtime.loop import EngineLoop
 from llmapi._runtime.request import Request
@@ -51,6 +51,9 @@ class Drawn:
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
         self.spent = 0.0
+
+    def waits(self, request: Request) -> bool:
+        return False
 
     def start(self, logits: torch.Tensor, asks: list[Any], before: Any = None) -> PendingCandidates:
         begin = time.perf_counter()

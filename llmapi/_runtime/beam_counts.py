@@ -8,8 +8,8 @@ from torch import Tensor
 
 from llmapi._kernels.beam_reorder_cuda import BEAM_TALLY, move_counts
 from llmapi._kernels.gpu import Gpu
+from llmapi._runtime.beam_ask import Chosen
 from llmapi._runtime.beam_moves import upload
-from llmapi._runtime.candidates import Chosen
 from llmapi._runtime.request import Request, Sequence
 from llmapi._runtime.token_counts import IN_PROMPT
 

@@ -21,10 +21,10 @@ from llmapi._runtime.beam import (
     num_diverse,
     seats,
 )
+from llmapi._runtime.beam_ask import BeamAsk
+from llmapi._runtime.beam_found import Found, PendingCandidates
 from llmapi._runtime.beam_output import BeamOutputs, Kept, Line
-from llmapi._runtime.candidates import BeamAsk, Found, PendingCandidates
 from llmapi._runtime.guide import Guide
-from llmapi._runtime.logprobs import token_logprobs
 from llmapi._runtime.request import Request, Sequence
 from llmapi._runtime.transcript import Transcript
 from llmapi.outputs import CompletionOutput, FinishReason
@@ -112,8 +112,8 @@ class BeamRun:
         self._stopped: FinishReason | None = None
         self._reserved = False  # whether the sequences end in references
         self._bare = not (grouped or self._kept or self._guided)  # beams carry nothing but their tokens
-        # The device can tell who goes on, but for stop texts, which few steps complete.
-        self._ahead = not (grouped or self._keeps or self._guided)
+        # The device can tell who goes on, but for stop texts and ends of grammars, which few steps complete.
+        self._ahead = not grouped
         self.blocks = 0
         self.over = False
 
@@ -121,7 +121,7 @@ class BeamRun:
 
     @property
     def steady(self) -> bool:
-        """Whether it has all its beams, and these carry nothing that a step depends on."""
+        """Whether it has all its beams, and the device can tell which of them go on."""
         return self._ahead and len(self._rows[0]) == self._size
 
     def asks(self, first_row: int, carried: int | None = None) -> list[BeamAsk]:
@@ -212,7 +212,7 @@ class BeamRun:
             if not beams.over:
                 move.children = [(rows[rank], tokens[rank], scores[rank]) for rank in ranks]
             if self._keeps:
-                self._tell(move, new, pending, first_ask + place)
+                self._tell(move, new, own)
             for one in new:
                 one.output = self._line(seqs[one.row], one.row, one.token, move)
             moves.append(move)
@@ -353,26 +353,20 @@ class BeamRun:
         move.told.setdefault((row, token), Kept()).transcript = after
         return after.append(token)
 
-    def _tell(self, move: _Move, new: list[Finished], pending: PendingCandidates, ask: int) -> None:
+    def _tell(self, move: _Move, new: list[Finished], found: Found) -> None:
         """Keep the log probabilities and the logits of the tokens that were chosen."""
-        p = self._request.params
-        chosen: dict[int, list[int]] = {}
-        for row, token in [*((c[0], c[1]) for c in move.children), *((f.row, f.token) for f in new)]:
-            chosen.setdefault(row, []).append(token)
-        if not chosen:
-            return
-        logits = pending.rows_of(ask)[list(chosen)]
+        p, report = self._request.params, found.report
+        assert report is not None
         decode = self._tokenizer.token_text if self._tokenizer is not None and p.detokenize else None
-        told = None if p.logprobs is None else token_logprobs(logits, list(chosen.values()), p.logprobs, decode)
-        for place, (row, tokens) in enumerate(chosen.items()):
-            raw = None
-            if p.returns_generation_logits:
+        places = {pair: place for place, pair in enumerate(zip(found.rows, found.tokens, strict=True))}
+        for row, token in [*((c[0], c[1]) for c in move.children), *((f.row, f.token) for f in new)]:
+            kept = move.told.setdefault((row, token), Kept())
+            if report.told is not None and p.logprobs is not None:
+                first, of = report.first + places[row, token], report.first_row + row
+                kept.logprobs = report.told.entries(first, of, [token], p.logprobs, decode)
+            if report.logits is not None:
                 with torch.inference_mode(False):  # a tensor that the user may change
-                    raw = logits[place].to("cpu", torch.float32, copy=True)
-            for i, token in enumerate(tokens):
-                kept = move.told.setdefault((row, token), Kept())
-                kept.logprobs = [] if told is None else [told[place][i]]
-                kept.logits = [] if raw is None else [raw]
+                    kept.logits = [report.logits[row].clone()]
 
     def _heirloom(self, parent: Sequence, child: Child, move: _Move) -> Kept:
         return self._kept[parent].extended(move.told[child[0], child[1]])

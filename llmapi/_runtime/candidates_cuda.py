@@ -13,9 +13,10 @@ from llmapi._kernels.beam_cuda import BEAM_REQUEST, BEAM_ROW, MAX_BEAMS, MAX_CAN
 from llmapi._kernels.beam_reorder_cuda import BEAM_CHOICE, choose_beams
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.sample_cuda import EDIT
+from llmapi._runtime.beam_ask import BeamAsk, Spans
 from llmapi._runtime.beam_counts import BeamCounts
 from llmapi._runtime.beam_moves import upload
-from llmapi._runtime.candidates import BeamAsk, Spans, select
+from llmapi._runtime.candidates import select
 from llmapi._runtime.scratch import Scratch
 
 

@@ -7,7 +7,8 @@ from typing import Protocol
 
 import torch
 
-from llmapi._runtime.candidates import BeamAsk, Chosen, PendingCandidates
+from llmapi._runtime.beam_ask import BeamAsk, Chosen
+from llmapi._runtime.beam_found import PendingCandidates
 from llmapi._runtime.job import Job
 from llmapi._runtime.request import Request
 from llmapi._runtime.sampler import Sampled, SampleRow

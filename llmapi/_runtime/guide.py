@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmapi._runtime.grammar_lines import THREADS, GrammarLines
+from llmapi._runtime.transfer import indices, to_device
 from llmapi.errors import RequestError
 
 _EARLY = 8  # tokens: a copy made by then goes to a line of its own, as it soon caught up
@@ -129,11 +130,11 @@ def forbid(x: Tensor, rows: list[int], guides: Sequence[Guide]) -> None:
     masks = np.empty((len(guides), words(vocab)), dtype=np.int32)
     fill(guides, masks)
     allowed = np.unpackbits(masks.view(np.uint8), axis=1, count=vocab, bitorder="little").view(np.bool_)
-    forbidden = torch.from_numpy(~allowed).to(x.device)
+    forbidden = to_device(torch.from_numpy(~allowed), x.device)
     if len(rows) == len(x):
         x.masked_fill_(forbidden, -torch.inf)
     else:
-        at = torch.tensor(rows, device=x.device)
+        at = indices(rows, x.device)
         x[at] = x[at].masked_fill(forbidden, -torch.inf)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from llmapi._runtime.candidates import Found
+from llmapi._runtime.beam_found import Found
 from llmapi._runtime.flight import Flight
 from llmapi._runtime.job import Job
 from llmapi._runtime.request import Request, Sequence

@@ -18,6 +18,7 @@ from llmapi._runtime.guide import Guide, forbid
 from llmapi._runtime.params_memo import ParamsMemo
 from llmapi._runtime.penalties import Penalties
 from llmapi._runtime.request import Sequence
+from llmapi._runtime.transfer import indices, to_device
 from llmapi.errors import RequestError
 from llmapi.sampling import SamplingParams
 
@@ -123,7 +124,7 @@ class LogitEdits:
                 guided[row] = sequence.guide
             if plan.bias is not None:
                 ids, values = plan.bias
-                x[row, ids.to(x.device)] += values.to(x.device)
+                x[row, to_device(ids, x.device)] += to_device(values, x.device)
             offset = row * self._vocab
             if _held_back(sequence):
                 banned.extend(offset + t for t in sequence.request.stop_token_ids if t < self._vocab)
@@ -131,7 +132,7 @@ class LogitEdits:
         if guided:
             forbid(x, list(guided), list(guided.values()))
         if banned:
-            x.view(-1)[torch.tensor(banned, device=x.device)] = -torch.inf
+            x.view(-1).index_fill_(0, indices(banned, x.device), -torch.inf)
         self._penalties.apply(x, sequences)
         return errors
 

@@ -2,17 +2,92 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmapi._runtime.draw import largest
+from llmapi._runtime.transfer import to_host
 from llmapi.outputs import Logprob
 
 _CHUNK = 1 << 24  # logits turned to float32 at a time: 64 MiB
 
 Decode = Callable[[int], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Log probabilities of tokens that may follow rows of logits, and of the most probable ones of each row.
+
+    Attributes:
+        own: of the tokens.
+        ranks: of the tokens: how many of the row are more probable, and one.
+        values, ids: by row, of the most probable tokens, falling.
+    """
+
+    own: list[float]
+    ranks: list[int]
+    values: list[list[float]]
+    ids: list[list[int]]
+
+    def entries(
+        self, first: int, row: int, token_ids: Sequence[int], k: int, decode: Decode | None
+    ) -> list[dict[int, Logprob]]:
+        """What the user is told of some tokens of one row.
+
+        Args:
+            first: place of the first of them; the others follow.
+            row: whose they are.
+            token_ids: which they are.
+            k: how many of the most probable ones to add; no more than there are.
+            decode: token id to text.
+        """
+        best = _ranked(self.ids[row][:k], self.values[row][:k], decode)
+        out: list[dict[int, Logprob]] = []
+        for place, token in enumerate(token_ids, first):
+            entry = {token: Logprob(self.own[place], self.ranks[place], decode(token) if decode else None)}
+            for other, logprob in best.items():
+                entry.setdefault(other, logprob)
+            out.append(entry)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """:class:`Told` as tensors: float32 ``[P]``, int64 ``[P]``, float32 ``[R, K]``, int64 ``[R, K]``."""
+
+    own: Tensor
+    ranks: Tensor
+    values: Tensor
+    ids: Tensor
+
+    def to_host(self) -> Measured:
+        """A copy on the host, there once the stream has come so far."""
+        return Measured(to_host(self.own), to_host(self.ranks), to_host(self.values), to_host(self.ids))
+
+    def lists(self) -> Told:
+        """As numbers; waits for the device."""
+        return Told(self.own.tolist(), self.ranks.tolist(), self.values.tolist(), self.ids.tolist())
+
+
+def measure(logits: Tensor, rows: Tensor, token_ids: Tensor, k: int) -> Measured:
+    """Log probabilities under raw logits, by a log-softmax in float32. Nothing waits for the device.
+
+    Args:
+        logits: ``[R, V]`` of any float dtype.
+        rows, token_ids: ``[P]`` int64: of which row, which token.
+        k: how many of the most probable tokens of each row; at most V.
+    """
+    logp = logits.float().log_softmax(1)
+    own = logp[rows, token_ids]
+    step = max(1, _CHUNK // logits.shape[1])
+    spans = [slice(start, start + step) for start in range(0, len(rows), step)]
+    ranks = torch.cat([(logp[rows[span]] > own[span, None]).sum(1) + 1 for span in spans])
+    values, ids = largest(logp, k) if k else (logp[:, :0], rows.new_empty(len(logp), 0))
+    return Measured(own, ranks, values, ids)
 
 
 def token_logprobs(
@@ -37,27 +112,17 @@ def token_logprobs(
         >>> round(entry[1].logprob, 4), entry[1].rank
         (-0.6931, 1)
     """
-    logp = logits.float().log_softmax(1)
-    width = max(map(len, token_ids), default=0)
-    padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in token_ids], device=logits.device)
-    if width == 0:
+    rows = [row for row, ids in enumerate(token_ids) for _ in ids]
+    if not rows:
         return [[] for _ in token_ids]
-    own = logp.gather(1, padded)
-    ranks = torch.stack([(logp > own[:, d : d + 1]).sum(1) + 1 for d in range(width)], 1).tolist()
-    own_values = own.tolist()
+    of, tokens = torch.tensor([rows, [token for ids in token_ids for token in ids]]).to(logits.device)
     k = min(k, logits.shape[1])
-    top_values, top_ids = (t.tolist() for t in largest(logp, k)) if k else ([[]] * len(own_values),) * 2
-    out: list[list[dict[int, Logprob]]] = []
-    for row, ids in enumerate(token_ids):
-        best = _ranked(top_ids[row], top_values[row], decode)
-        entries: list[dict[int, Logprob]] = []
-        for d, token in enumerate(ids):
-            entry = {token: Logprob(own_values[row][d], ranks[row][d], decode(token) if decode else None)}
-            for other, logprob in best.items():
-                entry.setdefault(other, logprob)
-            entries.append(entry)
-        out.append(entries)
-    return out
+    told = measure(logits, of, tokens, k).lists()
+    starts = itertools.accumulate(map(len, token_ids), initial=0)
+    return [
+        told.entries(first, row, ids, k, decode)
+        for row, (first, ids) in enumerate(zip(starts, token_ids, strict=False))
+    ]
 
 
 def prompt_logprobs(

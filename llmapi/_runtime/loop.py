@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from llmapi._runtime.batch import Moves, build_batch, wanted_positions
-from llmapi._runtime.candidates import BeamAsk, Chosen
+from llmapi._runtime.beam_ask import BeamAsk, Chosen
 from llmapi._runtime.engine import Engine, run_step
 from llmapi._runtime.flight import BeamTurn, Flight
 from llmapi._runtime.job import Job
@@ -156,8 +156,7 @@ class EngineLoop:
         rows: list[SampleRow] = []
         picked: list[int] = []
         probed: list[Job] = []
-        turns: list[BeamTurn] = []
-        asks: list[BeamAsk] = []
+        searches: dict[Job, int] = {}  # the first row of each
         overlaps, waits, first = True, False, 0
         for entry, count in zip(plan.entries, batch.logits_rows, strict=True):
             job = self._jobs[entry.seq.request]
@@ -171,10 +170,7 @@ class EngineLoop:
             if entry.start < entry.seq.num_prompt and job.wants_prompt:
                 self._keep_prompt_rows(job, entry, logits[first : first + count])
             if entry.produces_logits and job.beams is not None:
-                if not turns or turns[-1].job is not job:  # the rows of its other beams follow
-                    carried = slots.get(job.request)
-                    turns.append(BeamTurn(job, len(asks), job.beams.asks(first + count - 1, carried)))
-                    asks += turns[-1].asks
+                searches.setdefault(job, first + count - 1)  # the rows of its other beams follow
             elif entry.produces_logits:
                 rows.append(SampleRow(entry.seq, _draws(entry.seq)))
                 picked.append(first + count - 1)
@@ -182,19 +178,26 @@ class EngineLoop:
                 waits = waits or self._sampler.waits(rows[-1])
             first += count
         self.steps += 1
-        goes_ahead = [self._goes_ahead(turn.job) for turn in turns]
-        overlaps = overlaps and all(goes_ahead)
-        flight = Flight(rows, None, overlaps, probed, turns, step=self.steps, moved=moved)
-        if not rows and not turns:
+        ahead = all(map(self._goes_ahead, searches))
+        waiting = {job for job in searches if self._sampler.candidates.waits(job.request)}
+        overlaps = overlaps and ahead
+        flight = Flight(rows, None, overlaps, probed, step=self.steps, moved=moved)
+        if not rows and not searches:
             return flight
-        if (waits or not all(goes_ahead)) and self._flight is not None:
-            self._land(flight)  # what these rows are sampled by may depend on the tokens before
+        if (waits or waiting or not ahead) and self._flight is not None:
+            self._land(flight)  # what these are chosen by may depend on the tokens before
             going = [i for i, row in enumerate(rows) if not row.sequence.finished]  # not ended by those
             flight.rows, picked = [rows[i] for i in going], [picked[i] for i in going]
-        if turns:
+            searches = {job: row for job, row in searches.items() if self._goes_on(job, flight)}
+        asks: list[BeamAsk] = []
+        for job, row in searches.items():
+            assert job.beams is not None
+            carried = None if job in waiting else slots.get(job.request)
+            flight.turns.append(BeamTurn(job, len(asks), job.beams.asks(row, carried)))
+            asks += flight.turns[-1].asks
             if overlaps:
-                for turn in turns:
-                    turn.asks[0].ends = turn.job.request.stop_token_ids
+                asks[-1].ends = job.request.stop_token_ids
+        if asks:
             flight.candidates = self._sampler.candidates.start(logits, asks, chosen)
         if flight.rows:
             wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked, device=logits.device)]
@@ -206,6 +209,10 @@ class EngineLoop:
         assert job.beams is not None
         able = self.plans_beams_ahead and self._engine.moves_beams
         return able and job.beams.steady and self._sampler.candidates.chooses(job.request)
+
+    def _goes_on(self, job: Job, flight: Flight) -> bool:
+        """Whether a search is still there, and its beams as they are in a step that was launched."""
+        return job.request in self._jobs and job.request not in flight.dropped
 
     def _land(self, following: Flight | None = None) -> None:
         """Wait for the tokens of the step in flight, if there is one, and turn them into what happens next.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmapi._runtime.request import Sequence
+from llmapi._runtime.transfer import to_device
 
 _SLACK = 64  # histories kept beyond twice the batch before old ones are dropped
 
@@ -73,17 +74,17 @@ class Penalties:
                 costs.append((p.presence_penalty, p.frequency_penalty))
         flat = x.view(-1)
         if seen:
-            at = torch.from_numpy(np.concatenate(seen)).to(x.device)
-            factor = _spread(factors, seen).to(x.device)
+            at = to_device(torch.from_numpy(np.concatenate(seen)), x.device)
+            factor = to_device(_spread(factors, seen), x.device)
             old = flat[at]
             flat[at] = torch.where(old < 0, old * factor, old / factor)
         if written:
             pairs = [np.unique(ids, return_counts=True) for ids in written]
             places = [ids for ids, _ in pairs]
-            at = torch.from_numpy(np.concatenate(places)).to(x.device)
-            count = torch.from_numpy(np.concatenate([n for _, n in pairs])).to(x.device, torch.float32)
-            presence = _spread([c[0] for c in costs], places).to(x.device)
-            frequency = _spread([c[1] for c in costs], places).to(x.device)
+            at = to_device(torch.from_numpy(np.concatenate(places)), x.device)
+            count = to_device(torch.from_numpy(np.concatenate([n for _, n in pairs])), x.device).float()
+            presence = to_device(_spread([c[0] for c in costs], places), x.device)
+            frequency = to_device(_spread([c[1] for c in costs], places), x.device)
             flat[at] -= frequency * count + presence
         self._trim(len(sequences))
 

@@ -12,7 +12,8 @@ from llmapi import LLM
 from llmapi._kernels.beam import move_tables
 from llmapi._runtime.batch import StepBatch
 from llmapi._runtime.beam import seats
-from llmapi._runtime.candidates import BeamAsk, Candidates, Chosen, Spans, select
+from llmapi._runtime.beam_ask import BeamAsk, Chosen, Spans
+from llmapi._runtime.candidates import Candidates, select
 from llmapi._runtime.logit_edits import Foreseen
 from llmapi._runtime.plan import StepPlan
 from llmapi._runtime.request import Request, Sequence, Status

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from llmapi import LLM, RequestError, RequestOutput, SamplingParams
 from llmapi._runtime.batch import StepBatch
-from llmapi._runtime.candidates import Found, PendingCandidates
+from llmapi._runtime.beam_found import Found, PendingCandidates
+from llmapi._runtime.candidates import Candidates
 from tests._runtime.played import PlayedChooser, PlayedEngine, watch_dropped, watch_tables
 from tests.api.beam_truth import Counted, by_transformers
 from tests.api.truth import Truth, idle, prompts_of, until
@@ -49,11 +51,31 @@ def beam(width: int, count: int, **options: Any) -> SamplingParams:
     return SamplingParams(use_beam_search=True, beam_width=width, max_tokens=count, **options)
 
 
+class Near:
+    """Numbers that equal others but for rounding."""
+
+    def __init__(self, *numbers: float) -> None:
+        self.numbers = list(numbers)
+
+    def __eq__(self, other: object) -> bool:
+        alike = isinstance(other, Near) and len(self.numbers) == len(other.numbers)
+        return alike and bool(np.allclose(self.numbers, other.numbers, rtol=1e-6, atol=2e-5))  # type: ignore[union-attr]
+
+    def __repr__(self) -> str:
+        return f"Near{tuple(self.numbers)}"
+
+
 def told(output: RequestOutput) -> list[tuple[Any, ...]]:
     """What is compared; logits differ by rounding with the size of a batch."""
-    scores = [None if o.score is None else pytest.approx(o.score, abs=1e-5) for o in output.outputs]
-    rest = [(o.token_ids, o.text, o.finish_reason, o.stop_reason) for o in output.outputs]
-    return list(zip(scores, rest, strict=True))
+    out = []
+    for o in output.outputs:
+        near = [] if o.score is None else [o.score]
+        entries = [list(entry.items()) for entry in o.logprobs or ()]
+        near += [one.logprob for entry in entries for _, one in entry]
+        near += [] if o.logits is None else o.logits.flatten().tolist()
+        ranks = [(token, one.rank, one.decoded_token) for entry in entries for token, one in entry]
+        out.append((o.token_ids, o.text, o.finish_reason, o.stop_reason, ranks, Near(*near)))
+    return out
 
 
 def mix(rng: random.Random, truth: Truth, prompts: list[list[int]]) -> list[SamplingParams]:
@@ -80,10 +102,13 @@ def mix(rng: random.Random, truth: Truth, prompts: list[list[int]]) -> list[Samp
                 min_tokens=min(count, rng.randrange(3)),
             ),
             beam(4, count, num_beam_groups=2, diversity_penalty=0.5),
-            beam(width, count, logprobs=1),
+            beam(
+                width, count, **plain, **rng.choice([{"logprobs": 2}, {"logprobs": 0, "return_logits": "generation"}])
+            ),
             beam(width, count, **plain, **edits(rng, often, count)),
+            beam(width, count, **plain, **host_edits(rng)),
         ]
-        params.append(rng.choices(kinds, [9, 3, 2, 0.3, 3, 0.3, 0.3, 11])[0])
+        params.append(rng.choices(kinds, [7, 3, 2, 0.3, 3, 0.3, 3, 10, 4])[0])
     return params
 
 
@@ -96,9 +121,22 @@ def edits(rng: random.Random, often: list[int], count: int) -> dict[str, Any]:
         {"min_tokens": rng.randint(1, count)},
         {"bad_words": [chr(97 + rng.randrange(26))]},
         {"logit_bias": {often[0]: -100.0}, "repetition_penalty": 1.1, "min_tokens": min(3, count)},
-        {"logits_processors": [lambda ids, logits: logits.roll(1)]},
     ]
-    return rng.choices(kinds, [3, 3, 2, 3, 1, 2, 0.3])[0]
+    return rng.choices(kinds, [3, 3, 2, 3, 1, 2])[0]
+
+
+def host_edits(rng: random.Random) -> dict[str, Any]:
+    """Changes of logits that follow from the tokens before, by ways that only the host knows."""
+    shift = rng.randint(1, 9)
+    letters = "".join(rng.sample("abcdefghijklmnopqrstuvwxyz", 8))
+    kinds: list[dict[str, Any]] = [
+        {"logits_processors": [lambda ids, logits: logits.roll(shift + ids[-1] % 3 if ids else shift)]},
+        {"guided_decoding": {"regex": f"[{letters}]{{2,7}}"}},
+        {"guided_decoding": {"regex": f"([{letters}]+ )*[{letters}]+"}, "logprobs": 1},
+        {"guided_decoding": {"choice": [letters[:3], letters[:5], letters[2:], letters[5:]]}},
+        {"bad_words": [a + b for a in letters for b in letters], "repetition_penalty": 1.2},
+    ]
+    return rng.choice(kinds)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -164,12 +202,27 @@ def test_searches_are_those_of_transformers(seed: int, checkpoint: Path, cache: 
         assert [o.score for o in output.outputs] == pytest.approx([s for _, s in expected], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"logprobs": 1, "return_logits": "generation"},
+        {"stop": ["no such text"]},
+        {"repetition_penalty": 1.2},
+        {"logits_processors": [lambda ids, logits: logits.roll(1)]},
+        {"bad_words": ["some words"], "frequency_penalty": 0.1},
+        {"guided_decoding": {"regex": "[a-z ]*"}},
+        {"width": 1, "logits_processors": [lambda ids, logits: logits.roll(1)]},
+    ],
+    ids=lambda more: next(iter(more), "plain"),
+)
 def test_the_next_step_is_launched_before_the_last_ones_candidates_are_asked_for(
-    checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    more: dict[str, Any], checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the prompt's own step is waited for; and no step is computed for nothing."""
+    """Only the prompt's own step is waited for; and no step is computed for nothing. Where the host must know all
+    tokens, the choice waits for it, while the step that comes before the choice runs."""
     events: list[str] = []
-    result, step = PendingCandidates.result, PlayedEngine.step
+    result, step, choose = PendingCandidates.result, PlayedEngine.step, Candidates.start
 
     def watched_result(self: PendingCandidates) -> list[Found]:
         events.append("asked")
@@ -179,15 +232,42 @@ def test_the_next_step_is_launched_before_the_last_ones_candidates_are_asked_for
         events.append("step")
         return step(self, batch, sampled)
 
+    def watched_choice(self: Candidates, *given: Any) -> PendingCandidates:
+        events.append("choice")
+        return choose(self, *given)
+
     monkeypatch.setattr(PendingCandidates, "result", watched_result)
     monkeypatch.setattr(PlayedEngine, "step", watched_step)
+    monkeypatch.setattr(Candidates, "start", watched_choice)
+    params = beam(**{"width": 4, "count": 20, "ignore_eos": True, **more})
+    waits = not more.keys().isdisjoint({"logits_processors", "bad_words", "guided_decoding"})
+    alone, turn = ["step", "choice", "asked"], ["step", "asked", "choice"] if waits else ["step", "choice", "asked"]
     with start(checkpoint, cache) as llm:
-        llm.generate(prompts_of([7])[0], beam(4, 20, ignore_eos=True))
-        assert events == ["step", "asked", "step", *["step", "asked"] * 18, "asked"]
+        llm.generate(prompts_of([7])[0], params)
+        first = ["step", "choice"] if params.beam_width == 1 else [*alone, "step", "choice"]
+        assert events == [*first, *turn * (19 if params.beam_width == 1 else 18), "asked"]
         events.clear()
         llm._loop.plans_beams_ahead = False
-        llm.generate(prompts_of([7])[0], beam(4, 20, ignore_eos=True))
-        assert events == ["step", "asked"] * 20
+        llm.generate(prompts_of([7])[0], params)
+        assert events == alone * 20
+
+
+@pytest.mark.parametrize("regex", ["([a-e]{2,5}|[f-z]{7,9})", "[a-z]{3,4}[ ,][a-f]{2,3}"])
+def test_a_grammar_that_ends_takes_back_the_step_that_was_ahead(regex: str, checkpoint: Path, cache: Path) -> None:
+    prompts = prompts_of([6, 11, 17], seed=9)
+    params = beam(4, 24, n=4, early_stopping="never", guided_decoding={"regex": regex}, length_penalty=2.0)
+    with start(checkpoint, cache) as llm:
+        compared, dropped = (
+            watch_tables(llm, lambda row: llm._loop._engine.tables[row]),  # type: ignore[attr-defined]
+            watch_dropped(llm),
+        )
+        ahead = llm.generate(prompts, params, use_tqdm=False)
+        until(lambda: idle(llm))
+        assert dropped and compared() > 10
+        assert all(o.finish_reason == "stop" for output in ahead for o in output.outputs)
+        llm._loop.plans_beams_ahead = False
+        for one, other in zip(llm.generate(prompts, params, use_tqdm=False), ahead, strict=True):
+            assert told(one) == told(other)
 
 
 def test_a_search_that_loses_beams_goes_on_without_the_step_that_was_ahead(checkpoint: Path, cache: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmapi._runtime.candidates import BeamAsk, Candidates, Found, Spans, select
+from llmapi._runtime.beam_ask import BeamAsk, Spans
+from llmapi._runtime.beam_found import Found
+from llmapi._runtime.candidates import Candidates, select
 from llmapi._runtime.logit_edits import LogitEdits
 from llmapi._runtime.request import Request, Sequence
 from llmapi.outputs import RequestMetrics

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmapi._runtime.candidates import BeamAsk, Candidates, Spans, select
+from llmapi._runtime.beam_ask import BeamAsk, Spans
+from llmapi._runtime.candidates import Candidates, select
 from llmapi._runtime.candidates_cuda import KernelSelect
 from llmapi._runtime.logit_edits import LogitEdits
 from tests._runtime.played import PlayedChooser

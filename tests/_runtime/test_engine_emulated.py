@@ -180,7 +180,9 @@ def test_beams_are_those_of_transformers(llm: LLM, truth: Truth) -> None:
 
 
 def test_beams_that_are_planned_ahead(llm: LLM) -> None:
-    """The kernels' tables are the host's after each launch; texts and scores are those of the synchronous way."""
+    """The kernels' tables are the host's after each launch; texts, scores and log probabilities are those of the
+    synchronous way."""
+    pytest.importorskip("llguidance", reason="the extra [guided] is not installed")
     prompts = prompts_of([30, 3, 17, 9, 14, 12, 7], seed=8)
     search: dict[str, Any] = {"use_beam_search": True}
     params = [
@@ -194,8 +196,15 @@ def test_beams_that_are_planned_ahead(llm: LLM) -> None:
     ]
     first: dict[str, Any] = {"beam_width": 4, "n": 4, "max_tokens": 24, "early_stopping": "never", **search}
     text = llm.generate(prompts[3], SamplingParams(ignore_eos=True, **first)).outputs[2].text
-    prompts.append(prompts[3])
-    params.append(SamplingParams(ignore_eos=True, stop=[text[4:6], text[9:12]], **first))
+    prompts += [prompts[3], *prompts_of([10, 6, 13], seed=9)]
+    params += [
+        SamplingParams(ignore_eos=True, stop=[text[4:6], text[9:12]], **first),
+        SamplingParams(beam_width=3, n=3, max_tokens=9, logprobs=2, return_logits="generation", **search),
+        SamplingParams(
+            beam_width=4, n=4, max_tokens=12, guided_decoding={"regex": "([a-e]{2,5}|[f-z]{7,9})"}, **search
+        ),
+        SamplingParams(beam_width=2, max_tokens=9, logits_processors=[lambda ids, x: x.roll(len(ids))], **search),
+    ]
     engine: Any = llm._loop._engine
     dropped = watch_dropped(llm)
     compared = watch_tables(llm, lambda row: engine._buffers.tables[row].tolist())
@@ -203,7 +212,7 @@ def test_beams_that_are_planned_ahead(llm: LLM) -> None:
     until(lambda: idle(llm))
     moved = engine._mover.launches
     assert moved > 30 and compared() > 80
-    assert len(dropped) >= 1 and "stop" in [o.finish_reason for o in ahead[-1].outputs]
+    assert len(dropped) >= 1 and "stop" in [o.finish_reason for o in ahead[7].outputs]
     llm._loop.plans_beams_ahead = False
     plain = llm.generate(prompts, params, use_tqdm=False)
     assert engine._mover.launches == moved
@@ -212,6 +221,14 @@ def test_beams_that_are_planned_ahead(llm: LLM) -> None:
         for a, b in zip(one.outputs, other.outputs, strict=True):
             assert a.finish_reason == b.finish_reason
             assert a.score == (None if b.score is None else pytest.approx(b.score, abs=1e-4))
+            for told, other_told in zip(a.logprobs or (), b.logprobs or (), strict=True):
+                assert [(t, one.rank) for t, one in told.items()] == [(t, one.rank) for t, one in other_told.items()]
+                near = [pytest.approx(one.logprob, abs=1e-4) for one in other_told.values()]
+                assert [one.logprob for one in told.values()] == near
+            if a.logits is not None:
+                assert b.logits is not None
+                torch.testing.assert_close(a.logits, b.logits, atol=1e-3, rtol=1e-4)
+    assert len(ahead[8].outputs[0].logprobs or ()) == 9 and ahead[8].outputs[2].logits is not None
     until(lambda: idle(llm))
 
 
