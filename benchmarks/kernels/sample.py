@@ -83,13 +83,15 @@ def torchs_way(x: torch.Tensor, kind: dict[str, Any]) -> torch.Tensor:
     return (p / torch.empty_like(p).exponential_()).argmax(1)
 
 
-def settings(sampler: CudaSampler, rows: list[SampleRow]) -> torch.Tensor:
-    table, _ = sampler._pack(rows)
-    return torch.from_numpy(table.view(np.uint8).copy()).cuda()
+def settings(sampler: CudaSampler, rows: list[SampleRow]) -> tuple[torch.Tensor, bool]:
+    table, _, _, edited = sampler._pack(rows)
+    return torch.from_numpy(table.view(np.uint8).copy()).cuda(), edited
 
 
-def launch(kernels: SampleKernels, packed: torch.Tensor, ids: torch.Tensor, best: int | None, x: torch.Tensor) -> None:
-    kernels(x, packed, ids)
+def launch(
+    kernels: SampleKernels, packed: torch.Tensor, edited: bool, ids: torch.Tensor, best: int | None, x: torch.Tensor
+) -> None:
+    kernels(x, packed, ids, edited=edited)
     if best is not None:
         values = torch.empty(len(ids), 1 + best, device="cuda")
         kernels.logprobs(x, packed, ids, values, torch.empty_like(values, dtype=torch.int32))
@@ -108,8 +110,8 @@ def bench(gpu: Gpu, dtype: torch.dtype, sizes: list[tuple[int, int]], beside: bo
         print(f"N {n:5d}  V {vocab:6d}  limit {limit * 1e6:6.1f} us")
         for name, kind in KINDS.items():
             rows = make_rows(n, SamplingParams(**kind))
-            packed = settings(sampler, rows)
-            launches = [partial(launch, kernels, packed, ids, kind.get("logprobs"), x) for x in inputs]
+            packed, edited = settings(sampler, rows)
+            launches = [partial(launch, kernels, packed, edited, ids, kind.get("logprobs"), x) for x in inputs]
             ours = replay_time(launches)
             line = f"  {name:18s} {ours * 1e6:8.1f} us  {ours / limit:5.1f} x limit"
             if beside and n in (1, 256) and "penalties" not in name and "logprobs" not in name:

@@ -1,4 +1,4 @@
-"""Launches of ``csrc/sample.cu``: tokens from rows of logits, and their log probabilities."""
+"""Launches of ``csrc/sample.cu`` and ``sample_logprobs.cu``: tokens from rows of logits, and log probabilities."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROW = np.dtype(
         ("mask", "<u8"),
     ]
 )
-"""One row's settings, as ``struct Row`` of ``csrc/sample.cu``; :func:`settings` fills one.
+"""One row's settings, as ``struct Row`` of ``csrc/sample.cuh``.
 
 ===================== =========================================================================================
 seed, stream, counter Philox, as :func:`llmapi._runtime.philox.uniforms`
@@ -74,7 +74,9 @@ _THREADS = 512
 
 def units(dtype: str) -> list[Unit]:
     """Every specialization for an element type of the logits."""
-    return [_unit(DTYPE_MACRO[dtype], split) for split in (1, 2, 4, 8)]
+    macro = DTYPE_MACRO[dtype]
+    choices = [_choosing(macro, split, edited) for split in (1, 2, 4, 8) for edited in (False, True)]
+    return choices + [_logprobs(macro, split) for split in (1, 2, 4, 8)]
 
 
 def splits(gpu: Gpu, rows: int, vocab_size: int, dtype: torch.dtype) -> list[int]:
@@ -83,8 +85,14 @@ def splits(gpu: Gpu, rows: int, vocab_size: int, dtype: torch.dtype) -> list[int
 
 
 def units_for(gpu: Gpu, rows: int, vocab_size: int, dtype: torch.dtype) -> list[Unit]:
-    """What sampling from up to so many rows needs compiled."""
-    return [_unit(dtype_macro(dtype), split) for split in splits(gpu, rows, vocab_size, dtype)]
+    """What sampling from up to so many rows needs compiled while none is edited."""
+    return [_choosing(dtype_macro(dtype), split, False) for split in splits(gpu, rows, vocab_size, dtype)]
+
+
+def later_units_for(gpu: Gpu, rows: int, vocab_size: int, dtype: torch.dtype) -> list[Unit]:
+    """What log probabilities and edits of up to so many rows need compiled besides, the quickest first."""
+    macro, each = dtype_macro(dtype), splits(gpu, rows, vocab_size, dtype)
+    return [_logprobs(macro, split) for split in each] + [_choosing(macro, split, True) for split in each]
 
 
 def blocks_of_row(gpu: Gpu, rows: int, vocab_size: int, dtype: torch.dtype) -> int:
@@ -137,7 +145,7 @@ class SampleKernels:
         self._dtype = logits_dtype
         self._macro = dtype_macro(logits_dtype)
         for split in splits(gpu, max_rows, vocab_size, logits_dtype):  # compiled before the first step
-            self._kernels(split)
+            self._chooser(split, edited=False)
 
     def __call__(
         self,
@@ -145,6 +153,7 @@ class SampleKernels:
         rows: torch.Tensor,
         out_ids: torch.Tensor,
         *,
+        edited: bool,
         edits: torch.Tensor | None = None,
         reasons: torch.Tensor | None = None,
     ) -> None:
@@ -154,6 +163,8 @@ class SampleKernels:
             logits: ``[N, V]``, unit stride within a row; never changed.
             rows: on the device, ``N`` of :data:`ROW` as bytes, aligned to 16.
             out_ids: ``[N]`` int32; -1 where no token can be chosen (NaN, or -inf everywhere).
+            edited: whether any row has ``edited``. Where not, a kernel is launched that is sooner compiled and edits
+                nothing. The other is compiled when it is first needed.
             edits: on the device, entries of :data:`EDIT` as bytes; needed where a row has any.
             reasons: ``[N]`` int32, written where no token can be chosen: how many raw logits are NaN; else -1 if all
                 are -inf, else 0.
@@ -161,9 +172,9 @@ class SampleKernels:
         n = self._check(logits)
         if n:
             split = self._split(n)
-            sample, _ = self._kernels(split)
+            launch = self._chooser(split, edited)
             grid = (n * split, 1, 1)
-            sample(grid, _THREADS, logits, logits.stride(0), self._vocab, rows, edits, out_ids, reasons)
+            launch(grid, _THREADS, logits, logits.stride(0), self._vocab, rows, edits, out_ids, reasons)
 
     def logprobs(
         self, logits: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor
@@ -180,7 +191,7 @@ class SampleKernels:
         n = self._check(logits)
         if n:
             split = self._split(n)
-            _, launch = self._kernels(split)
+            launch = self._gpu.kernel(_logprobs(self._macro, split), "sample_logprobs", "plippipp", overlap=True)
             width = values.shape[1] - 1
             grid = (n * split, 1, 1)
             launch(grid, _THREADS, logits, logits.stride(0), self._vocab, rows, ids, width, values, tokens)
@@ -196,13 +207,13 @@ class SampleKernels:
     def _split(self, rows: int) -> int:
         return blocks_of_row(self._gpu, rows, self._vocab, self._dtype)
 
-    def _kernels(self, split: int) -> tuple[Kernel, Kernel]:
-        unit = _unit(self._macro, split)
-        return (
-            self._gpu.kernel(unit, "sample_rows", "plipppp", overlap=True),
-            self._gpu.kernel(unit, "sample_logprobs", "plippipp", overlap=True),
-        )
+    def _chooser(self, split: int, edited: bool) -> Kernel:
+        return self._gpu.kernel(_choosing(self._macro, split, edited), "sample_rows", "plipppp", overlap=True)
 
 
-def _unit(macro: str, split: int) -> Unit:
-    return Unit.of("sample.cu", LLM_DTYPE=macro, SPLIT=split)
+def _choosing(macro: str, split: int, edited: bool) -> Unit:
+    return Unit.of("sample.cu", LLM_DTYPE=macro, SPLIT=split, EDITED=int(edited))
+
+
+def _logprobs(macro: str, split: int) -> Unit:
+    return Unit.of("sample_logprobs.cu", LLM_DTYPE=macro, SPLIT=split)

@@ -45,7 +45,7 @@ def load_cuda(
     gpu = Gpu(device, prepared.builder.cubin)
     dtype = getattr(torch, prepared.config.dtype)
     logits = (prepared.config.max_batch_size, prepared.spec.vocab_size, dtype)
-    gpu.expect(sample_cuda.units_for(gpu, *logits))  # these take the longest; weights are read meanwhile
+    gpu.expect(sample_cuda.units_for(gpu, *logits))  # every start needs these; weights are read meanwhile
 
     def on_device() -> Mapping[str, torch.Tensor]:
         with _progress.bar("load", 0 if weights is None else weights.nbytes, "B", enabled=progress) as done:
@@ -81,7 +81,8 @@ def load_cuda(
             tune=tune,
         )
         beams = [*beam_cuda.units_for(gpu, *logits), *beam_reorder_cuda.units(prepared.config.dtype)]
-        gpu.expect([*engine.later_units(), *beams], calmly=True)  # so that few requests wait for a compiler
+        sampling = sample_cuda.later_units_for(gpu, *logits)
+        gpu.expect([*engine.later_units(), *sampling, *beams], calmly=True)  # so that few requests wait for a compiler
         return engine
     except BaseException:
         gpu.close()

@@ -154,7 +154,7 @@ class CudaSampler(Sampler):
             raise ValueError(
                 f"logits have the shape {list(logits.shape)}, but {len(rows)} rows of {self._vocab} were expected"
             )
-        table, edits, guided = self._pack(rows)
+        table, edits, guided, edited = self._pack(rows)
         n = len(rows)
         ids = torch.empty(2, n, dtype=torch.int32, device=self._device)  # ids, then reasons of failure
         masks_at, mask_bytes = table.nbytes + edits.nbytes, 4 * words(self._vocab)
@@ -172,7 +172,7 @@ class CudaSampler(Sampler):
         uploaded.copy_(staging, non_blocking=True)
         listed = uploaded[table.nbytes : masks_at] if len(edits) else None
         chosen = ids[0]
-        self._kernels(logits, uploaded, chosen, edits=listed, reasons=ids[1])
+        self._kernels(logits, uploaded, chosen, edited=edited, edits=listed, reasons=ids[1])
         pending = PendingTokens(self, rows, chosen, table["counter"].copy())
         width = min(self._batch.width, self._vocab)
         if width >= 0:
@@ -192,9 +192,9 @@ class CudaSampler(Sampler):
             )
         return pending
 
-    def _pack(self, rows: Rows[SampleRow]) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void], list[int]]:
-        """The batch's settings, ``[N]`` of ``ROW``, its edits, ``[M]`` of ``EDIT``, and the rows that follow a grammar;
-        valid until the next call.
+    def _pack(self, rows: Rows[SampleRow]) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void], list[int], bool]:
+        """The batch's settings, ``[N]`` of ``ROW``, its edits, ``[M]`` of ``EDIT``, the rows that follow a grammar, and
+        whether any row is edited; valid until the next call.
         """
         sequences, draws = [row.sequence for row in rows], [row.count for row in rows]
         if self._batch.sequences != sequences or self._batch.draws != draws:
@@ -227,7 +227,7 @@ class CudaSampler(Sampler):
             table["counts"][penalized] = self._counts.addresses([sequences[i] for i in penalized], self._last_ids)
         if edited:
             table["edited"][edited] = self._scratch.rows(len(edited))
-        return table, np.concatenate(edits) if edits else np.zeros(0, dtype=EDIT), guided
+        return table, np.concatenate(edits) if edits else np.zeros(0, dtype=EDIT), guided, bool(edited)
 
     def _begin(self, sequences: list[Sequence], draws: list[int]) -> _Batch:
         """What stays while the same sequences are sampled step after step."""

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from llmapi._kernels import sample_cuda
+from llmapi._kernels.nvrtc import Unit
 from llmapi._kernels.sample_cuda import ROW, SampleKernels, nucleus_range
-from llmapi._runtime.sampler import Sampler
+from llmapi._runtime.sampler import Sampler, SampleRow
 from tests.emulator import cases
 from tests.emulator.gpu import EmulatedGpu
 from tests.gpu import test_sample as sample_tests
@@ -97,6 +98,43 @@ def test_rows_that_need_the_host(gpu: Any) -> None:
     sample_tests.test_rows_that_need_the_host(gpu, cases.SEED)
 
 
+def test_only_batches_with_an_edited_row_take_the_kernel_for_edits(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab, n, dtype = 1000, 6, torch.float32
+    first, later = (f(gpu, n, vocab, dtype) for f in (sample_cuda.units_for, sample_cuda.later_units_for))
+    assert not set(first) & set(later) and {*first, *later} <= set(sample_cuda.units("float32"))
+    asked: list[Unit] = []
+    known = gpu.kernel
+    monkeypatch.setattr(gpu, "kernel", lambda unit, *args, **more: (asked.append(unit), known(unit, *args, **more))[1])
+    sampler, oracle = sample_tests.make(gpu, vocab, dtype, n), Sampler(vocab)
+    assert asked == first
+    raw = [sample_tests.row([0], seed=i, temperature=0.9, top_k=30) for i in range(n)]
+    mixed = [*raw[:3], sample_tests.row([0], seed=9, logit_bias={7: 100.0}), *raw[3:5]]
+    waiting = [*raw[:3], sample_tests.row([0], seed=9, end=(7,), min_tokens=2, logprobs=2)]  # may not end yet
+    x = sample_tests.noise(n, vocab, cases.SEED, dtype, gpu.device)
+    tokens: list[list[int]] = []
+
+    def sample(rows: list[SampleRow], *, edited: bool) -> None:
+        asked.clear()
+        logits = x[: len(rows)].clone()
+        if rows is waiting:
+            logits[3, 7] = 1e4
+        got, expected = sampler(logits, rows), oracle(logits, rows)
+        tokens.append([s.token_ids[0] for s in got])
+        assert tokens[-1] == [s.token_ids[0] for s in expected]
+        assert [dict(u.defines)["EDITED"] for u in asked if u.source == "sample.cu"] == [str(int(edited))]
+        assert [u.source for u in asked[1:]] == ["sample_logprobs.cu"] * (rows is waiting)
+        assert set(asked) <= {*first, *later}
+
+    sample(raw, edited=False)
+    sample(mixed, edited=True)
+    sample(raw, edited=False)
+    assert tokens[0] == tokens[2] and tokens[1] == [*tokens[0][:3], 7, *tokens[1][4:]]
+    sample(waiting, edited=True)
+    waiting[3].sequence.token_ids.append(0)
+    sample(waiting, edited=False)  # the same rows: one less is to be edited
+    assert tokens[3][3] != 7 and tokens[4][3] == 7
+
+
 def test_unaligned_rows_and_unused_ones(gpu: Any) -> None:
     vocab, n = 1000, 9
     for lead in range(8):
@@ -110,7 +148,7 @@ def test_unaligned_rows_and_unused_ones(gpu: Any) -> None:
         table["seed"], table["counter"], table["range"] = np.arange(n), 1, nucleus_range(0.8, vocab)
         table["used"][::4] = 0
         ids = torch.full((n,), -7, dtype=torch.int32)
-        kernels(x, torch.from_numpy(table.view(np.uint8)), ids)
+        kernels(x, torch.from_numpy(table.view(np.uint8)), ids, edited=False)
         expected = [s.token_ids[0] for s in Sampler(vocab)(x, rows)]
         expected[::4] = [-7] * len(expected[::4])
         assert ids.tolist() == expected, lead

@@ -39,7 +39,8 @@ def to_compile(module: str, arch: str) -> Iterator[tuple[Unit, bool]]:
     """What of a module's units this test compiles for an architecture, and whether the quick way will do.
 
     As users get it: for two architectures the last specialization of each source (in clusters, if any), and all of
-    Hopper's own. Of clusters, 1 and 8 blocks in every type, and the numbers between in one.
+    Hopper's own. Of clusters, 1 and 8 blocks in every type, and the numbers between in one. Sampling without edits,
+    whose text is part of that with edits, only in one type for Hopper.
     """
     types = DTYPE_MACRO if arch == "sm_90a" else ["float16" if arch == "sm_75" else "bfloat16"]  # Turing: no bfloat16
     for dtype in types:
@@ -48,6 +49,8 @@ def to_compile(module: str, arch: str) -> Iterator[tuple[Unit, bool]]:
             units = [unit for unit in units if int(dict(unit.defines).get("SPLIT", 1)) == 1]  # no clusters there
         if dtype != "bfloat16":
             units = [unit for unit in units if int(dict(unit.defines).get("SPLIT", 1)) not in (2, 4)]
+        if arch != "sm_90a" or dtype != "bfloat16":
+            units = [unit for unit in units if ("EDITED", "0") not in unit.defines]
         first, last = {unit.source: unit for unit in reversed(units)}, {unit.source: unit for unit in units}
         for unit in units:
             if arch not in FULL:

@@ -66,6 +66,13 @@ def test_soak(bench: Bench, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "requests" in capfd.readouterr().out
 
 
+def test_compile_times(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench(FOLDER / "compile_times.py", "gated_activation_cuda", "--only", "ACT=0")
+    first, one, total = capsys.readouterr().out.splitlines()
+    assert first.startswith("NVRTC") and one.endswith(" s  gated_activation.cu ACT=0 LLM_DTYPE=2")
+    assert total.endswith(" s in all")
+
+
 def test_timeline(bench: Bench, model: Path, tmp_path: Path) -> None:
     watch = bench(FOLDER / "gpu_timeline.py")["watch"]
     with LLM(model, cache_dir=tmp_path, backend="cpu", progress=False) as llm:

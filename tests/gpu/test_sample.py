@@ -401,11 +401,11 @@ def test_a_captured_launch_reads_new_settings_and_skips_unused_rows(gpu: Gpu, se
     table = np.zeros(n, dtype=ROW)
     settings = torch.zeros(table.nbytes, dtype=torch.uint8, device="cuda")
     ids = torch.empty(n, dtype=torch.int32, device="cuda")
-    kernels(x, settings, ids)
+    kernels(x, settings, ids, edited=False)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels(x, settings, ids)
+        kernels(x, settings, ids, edited=False)
     for step in range(3):
         x.copy_(noise(n, vocab, seed + step, torch.bfloat16, gpu.device))
         rows = [row([0] * step, seed=i, temperature=0.9, top_k=30, top_p=0.8) for i in range(n)]
