@@ -23,6 +23,14 @@ BEAM_CHOICE = np.dtype(
 candidates it has, its first place among the results, and where in the list of ends those of its tokens stand that end
 it."""
 
+BEAM_FINISH = np.dtype(
+    [("norm", "<f8"), ("settle", "<f8"), ("last", "<i4"), ("always", "<i4"), ("carried", "<i4"), ("unused", "<i4")]
+)
+"""How a search ends, as ``struct Finish``: what scores of those that end now are divided by, 0 where nothing is to be
+done; what the best score that goes on is divided by to be compared with them; whether no more tokens may follow;
+whether the search is over as soon as as many have ended as it has beams; and the first place, plus one, of what had
+ended before among the results of the step before, 0 where it is given."""
+
 BEAM_MOVE = np.dtype([("row", "<i4"), ("rows", "<i4"), ("slot", "<i4"), ("unused", "<i4")])
 """A search that has moved, as ``struct Move``: its first row in the tables, its beams, its first place among what
 :func:`choose_beams` found."""
@@ -64,6 +72,41 @@ def choose_beams(
     count = len(choices) // BEAM_CHOICE.itemsize
     kernel = gpu.kernel(_UNIT, "beam_choose", "pppippppp", overlap=True)
     kernel((count, 1, 1), _THREADS, *planes.unbind(), planes.shape[2], choices, ends, *chosen.unbind())
+
+
+def finish_beams(
+    gpu: Gpu,
+    planes: torch.Tensor,
+    choices: torch.Tensor,
+    ends: torch.Tensor,
+    finishes: torch.Tensor,
+    *,
+    before: torch.Tensor | None,
+    given: torch.Tensor | None,
+    worths: torch.Tensor,
+    records: torch.Tensor,
+) -> None:
+    """Keep the books of searches: who has ended, and whether they are over. One launch.
+
+    The rules are those of :class:`llmapi._runtime.beam.Beams`, for one group without texts that end it.
+
+    Args:
+        gpu: where.
+        planes, choices, ends: as of :func:`choose_beams`.
+        finishes: on the device, :data:`BEAM_FINISH` as bytes, aligned to 16, one for each choice.
+        before: float64: ``worths`` of the step before; needed where anything is carried.
+        given: float64 ``[R]``: by slot, the same as the host knows it; needed where anything is not carried.
+        worths: ``[R]`` float64, contiguous, written by slot: what has ended, best first, each its score over its
+            length to the power of the length penalty; then -inf.
+        records: int32 ``[A, 2 + W]``, contiguous, ``W`` at least the most rows of a search: for each search 1 where one
+            that has ended now is among the best, plus 2 where the search is over; how many have ended; and where each
+            of them comes from: its place before, or ``~rank`` of its candidate.
+    """
+    count = len(choices) // BEAM_CHOICE.itemsize
+    kernel = gpu.kernel(_UNIT, "beam_finish", "ppipppppppi", overlap=True)
+    scores, tokens, _ = planes.unbind()
+    known = scores, tokens, planes.shape[2], choices, finishes, ends, before, given
+    kernel((count, 1, 1), _THREADS, *known, worths, records, records.shape[1])
 
 
 def move_beams(

@@ -23,6 +23,7 @@ same step (:func:`diversify`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -99,6 +100,25 @@ class Finished:
     reason: FinishReason
     stop: int | str | None
     output: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finishing:
+    """How a search ends at one step, for who keeps its books elsewhere: :meth:`Beams.follow` takes them over.
+
+    Attributes:
+        norm: what the scores of those that end at this step are divided by.
+        settle: what the best that goes on is divided by, to be compared with them.
+        last: whether no more tokens may follow.
+        always: whether it is over as soon as as many have ended as there are beams.
+        worths: what has ended before, best first, as far as it is known here.
+    """
+
+    norm: float
+    settle: float
+    last: bool
+    always: bool
+    worths: list[float]
 
 
 @dataclass(slots=True)
@@ -195,6 +215,55 @@ class Beams:
             self.over = True
         return ranks, new
 
+    def finishing(self, later: int) -> Finishing:
+        """How it ends.
+
+        Args:
+            later: at which step: 0 is the next one.
+        """
+        length = self.length + 1 + later
+        always = self.early_stopping is True or self.width == 1
+        norm = math.pow(length, self.length_penalty)
+        settle = math.pow(self._judged_at(length), self.length_penalty)
+        return Finishing(norm, settle, length >= self.max_tokens, always, [f.score for f in self.finished])
+
+    def follow(
+        self,
+        record: Sequence[int],
+        scores: Sequence[float],
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        ends: frozenset[int],
+    ) -> tuple[list[int], list[Finished]]:
+        """Take in a step's candidates whose books were kept elsewhere, by the rules of :meth:`advance`.
+
+        Args:
+            record: 1 where one that has ended now is among the best, plus 2 where the search is over; how many have
+                ended; and where each comes from: its place before, or ``~rank`` of its candidate.
+            scores, rows, tokens, ends: as of :meth:`advance`.
+
+        Returns:
+            As of :meth:`advance`.
+        """
+        self.length += 1
+        state, count, *sources = record
+        new: list[Finished] = []
+        finished: list[Finished] = []
+        for source in sources[:count]:
+            if source >= 0:
+                finished.append(self.finished[source])
+                continue
+            score, row, token = scores[~source], rows[~source], tokens[~source]
+            worth = normalized(score, self.length, self.length_penalty)
+            end: Ending = ("stop", token) if token in ends else ("length", None)
+            new.append(Finished(worth, score, row, token, *end))
+            finished.append(new[-1])
+        self.finished, self.over = finished, bool(state & 2)
+        if self.length >= self.max_tokens:
+            return [], new
+        able = (rank for rank, token in enumerate(tokens) if token not in ends and scores[rank] > NEVER)
+        return list(itertools.islice(able, self.width)), new
+
     def _merge(self, new: list[Finished]) -> list[Finished]:
         """Keep the best of those that have ended; return the new ones among them."""
         if not new:
@@ -211,10 +280,11 @@ class Beams:
         """Whether nothing that runs can beat what is finished; ``width`` are."""
         if self.early_stopping is True or (self.width == 1 and not self.grouped):  # one beam is greedy decoding
             return True
-        length = self.length
-        if self.early_stopping == "never" and self.length_penalty > 0:
-            length = self.max_tokens
-        return normalized(best, length, self.length_penalty) <= self.finished[-1].score
+        return normalized(best, self._judged_at(self.length), self.length_penalty) <= self.finished[-1].score
+
+    def _judged_at(self, length: int) -> int:
+        """The length at which what runs is compared with what is finished, at a length of now."""
+        return self.max_tokens if self.early_stopping == "never" and self.length_penalty > 0 else length
 
 
 def num_diverse(candidates: int, rows: int, taken: int) -> int:

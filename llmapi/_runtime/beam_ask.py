@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llmapi._runtime.beam import Finishing
 from llmapi._runtime.logit_edits import Foreseen
 from llmapi._runtime.request import Sequence
 
@@ -25,6 +26,7 @@ class BeamAsk:
         carried: first place of the beams among those that the step before chose, where their scores are then; None:
             they are in ``scores``.
         ends: tokens that end the search's sequences, where the device is to choose who goes on; None where it is not.
+        finishing: how the search ends, where the device is to keep its books, too; None where the host does.
     """
 
     sequences: list[Sequence]
@@ -34,6 +36,7 @@ class BeamAsk:
     greedy: bool = False
     carried: int | None = None
     ends: frozenset[int] | None = None
+    finishing: Finishing | None = None
 
 
 @dataclass(slots=True)
@@ -66,12 +69,15 @@ class Chosen:
     Attributes:
         parents, tokens: ``[R]`` int32: which beam of its search it goes on from, with which token.
         scores: ``[R]`` float32: its cumulative score.
+        worths: ``[R]`` float64: what has ended of its search, best first, then -inf; not that of the beam. Anything
+            where the host keeps the books.
         slots: first place of each such ask, by ask.
     """
 
     parents: Tensor
     tokens: Tensor
     scores: Tensor
+    worths: Tensor
     slots: dict[int, int]
 
 
@@ -87,15 +93,20 @@ class Chooser(Protocol):
     def fits(self, rows: int, count: int) -> bool:
         """Whether it serves searches of so many beams and candidates."""
 
-    def choose(self, found: Tensor, asks: list[tuple[int, BeamAsk]]) -> Tensor:
+    def choose(
+        self, found: Tensor, asks: list[tuple[int, BeamAsk]], before: Chosen | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queue it.
 
         Args:
             found: the result of :data:`Select`.
             asks: searches, each after its place there.
+            before: what the step before chose; needed where an ask's scores are carried.
 
         Returns:
-            ``[3, R]`` int32: parents, tokens, and scores as the bits of float32, search after search.
+            ``[3, R]`` int32: parents, tokens, and scores as the bits of float32, search after search; ``[R]`` float64:
+            :attr:`Chosen.worths`; and int32 ``[A, 2 + W]``: for each search a record for
+            :meth:`llmapi._runtime.beam.Beams.follow`.
         """
 
 

@@ -24,6 +24,7 @@ class Found:
 
     Attributes:
         error: why the request cannot go on; the lists are empty then.
+        record: for :meth:`llmapi._runtime.beam.Beams.follow`, where the device keeps the search's books.
         report: what the user wants to know of them, if anything.
     """
 
@@ -31,6 +32,7 @@ class Found:
     rows: list[int]
     tokens: list[int]
     error: RequestError | None = None
+    record: list[int] | None = None
     report: Report | None = None
 
 
@@ -72,6 +74,7 @@ class PendingCandidates:
     foreseen: set[int] = field(default_factory=set)
     _reasons: dict[int, int] = field(default_factory=dict)
     _parts: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    _records: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _reports: list[_Reports] = field(default_factory=list)
     _arrived: torch.cuda.Event | None = None
 
@@ -79,21 +82,24 @@ class PendingCandidates:
         """Take the result of :data:`Select` for some of the asks."""
         self._parts.append((members, found))
 
-    def choose(self, chooser: Chooser) -> None:
-        """Queue who goes on, for the asks of which it is wanted."""
-        chosen: list[Tensor] = []
+    def choose(self, chooser: Chooser, before: Chosen | None) -> None:
+        """Queue who goes on and who has ended, for the asks of which it is wanted."""
+        parts: list[tuple[Tensor, Tensor]] = []
         slots: dict[int, int] = {}
         count = 0
         for members, found in self._parts:
             wanted = [(place, i) for place, i in enumerate(members) if self.asks[i].ends is not None]
+            if not wanted:
+                continue
             for _, i in wanted:
                 slots[i] = count
                 count += len(self.asks[i].sequences)
-            if wanted:
-                chosen.append(chooser.choose(found, [(place, self.asks[i]) for place, i in wanted]))
-        if chosen:
-            parents, tokens, scores = chosen[0] if len(chosen) == 1 else torch.cat(chosen, 1)
-            self.chosen = Chosen(parents, tokens, scores.view(torch.float32), slots)
+            *part, records = chooser.choose(found, [(place, self.asks[i]) for place, i in wanted], before)
+            parts.append((part[0], part[1]))
+            self._records.append(([i for _, i in wanted], records))
+        if parts:
+            chosen, worths = (torch.cat(each, -1) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True))
+            self.chosen = Chosen(chosen[0], chosen[1], chosen[2].view(torch.float32), worths, slots)
 
     def send(self) -> None:
         """Begin to copy all to the host, with what users want to know of the candidates."""
@@ -104,6 +110,7 @@ class PendingCandidates:
                 numbers = [members[place] for place in wanted]
                 self._reports.append(_Reports.of(self.logits, numbers, [self.asks[i] for i in numbers], own))
         self._parts = [(members, to_host(found)) for members, found in self._parts]
+        self._records = [(members, to_host(records)) for members, records in self._records]
         if self.logits.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
@@ -128,6 +135,10 @@ class PendingCandidates:
                     out[i] = Found(scores[place][:count], rows[place][:count], tokens[place][:count])
         for i, error in self.errors.items():
             out[i] = Found([], [], [], error)
+        for members, records in self._records:
+            for i, record in zip(members, records.tolist(), strict=True):
+                if (own := out[i]) is not None and self.asks[i].finishing is not None:
+                    own.record = record
         for reports in self._reports:
             for i, report in reports.lists():
                 if (own := out[i]) is not None:

@@ -8,6 +8,7 @@ import torch
 from llmapi._kernels.beam_reorder_cuda import BEAM_MOVE, move_beams
 from llmapi._kernels.gpu import Gpu
 from llmapi._runtime.batch import Moves
+from llmapi._runtime.transfer import to_device
 
 
 class BeamMover:
@@ -52,6 +53,4 @@ class BeamMover:
 
 def upload(settings: np.ndarray[tuple[int], np.dtype[np.void]], device: torch.device) -> torch.Tensor:
     """A table of settings as bytes on the device; the copy is queued."""
-    staging = torch.empty(settings.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    staging.numpy()[:] = settings.view(np.uint8)
-    return staging.to(device, non_blocking=True)
+    return to_device(torch.from_numpy(settings.view(np.uint8)), device)

@@ -124,18 +124,24 @@ class BeamRun:
         """Whether it has all its beams, and the device can tell which of them go on."""
         return self._ahead and len(self._rows[0]) == self._size
 
-    def asks(self, first_row: int, carried: int | None = None) -> list[BeamAsk]:
+    def asks(self, first_row: int, carried: int | None = None, *, ahead: bool = False) -> list[BeamAsk]:
         """What to ask of a step.
 
         Args:
             first_row: row of the step's logits that belongs to the request's first sequence; the others follow.
             carried: where the scores of the beams are on the device, if they are not known here yet; see
                 :class:`BeamAsk`.
+            ahead: whether the next step is to be launched before the candidates are known here.
         """
         if self._ahead:
             self._asked = [0]
-            scores = self._groups[0].scores if carried is None else []
-            return [BeamAsk(self._rows[0], scores, first_row, self._count, self._size == 1, carried)]
+            beams = self._groups[0]
+            scores = beams.scores if carried is None else []
+            ask = BeamAsk(self._rows[0], scores, first_row, self._count, self._size == 1, carried)
+            if ahead:
+                ask.ends = self._ends
+                ask.finishing = None if self._checks or self._guided else beams.finishing(int(self._reserved))
+            return [ask]
         self._asked = [g for g, beams in enumerate(self._groups) if not beams.over]
         greedy = self._request.params.num_beams == 1
         asks: list[BeamAsk] = []
@@ -201,7 +207,10 @@ class BeamRun:
                 scores, rows, tokens = diversify(scores, rows, tokens, taken, penalty, self._count)
             move = _Move(g, [])
             ending = self._ending(seqs, move) if self._checks or self._guided else None
-            ranks, new = beams.advance(scores, rows, tokens, self._ends, ending)
+            if own.record is not None:
+                ranks, new = beams.follow(own.record, scores, rows, tokens, self._ends)
+            else:
+                ranks, new = beams.advance(scores, rows, tokens, self._ends, ending)
             if penalty:
                 taken.update([tokens[rank] for rank in ranks])
             if moved:
@@ -239,7 +248,8 @@ class BeamRun:
         scores, tokens = found.scores, found.tokens
         if len(seqs) != width or len(scores) < width or not scores[width - 1] > NEVER or scores[0] != scores[0]:
             return False
-        if beams.finished or beams.length + 1 >= beams.max_tokens or not self._ends.isdisjoint(tokens[:width]):
+        ended = bool(beams.finished) if found.record is None else found.record[0]
+        if ended or beams.length + 1 >= beams.max_tokens or not self._ends.isdisjoint(tokens[:width]):
             return False
         beams.length += 1
         if not beams.length % _LOOK:

@@ -115,7 +115,7 @@ class Candidates:
         if scored:
             self._start_edited(pending, scored, False)
         if self._chooser is not None:
-            pending.choose(self._chooser)
+            pending.choose(self._chooser, before)
         pending.send()
         return pending
 

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from llmapi._kernels.beam_cuda import BEAM_REQUEST, BEAM_ROW, MAX_BEAMS, MAX_CANDIDATES, BeamKernels, Candidates
-from llmapi._kernels.beam_reorder_cuda import BEAM_CHOICE, choose_beams
+from llmapi._kernels.beam_reorder_cuda import BEAM_CHOICE, BEAM_FINISH, choose_beams, finish_beams
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.sample_cuda import EDIT
-from llmapi._runtime.beam_ask import BeamAsk, Spans
+from llmapi._runtime.beam_ask import BeamAsk, Chosen, Spans
 from llmapi._runtime.beam_counts import BeamCounts
 from llmapi._runtime.beam_moves import upload
 from llmapi._runtime.candidates import select
 from llmapi._runtime.scratch import Scratch
+from llmapi._runtime.transfer import to_device
 
 
 class KernelSelect:
     """Finds candidates as :func:`llmapi._runtime.candidates.select` does, in two launches for all searches of a step;
-    and chooses who goes on, in a third.
+    and chooses who goes on, and keeps the books of who has ended, in two more.
 
     What the kernels do not serve is done by torch's operators: groups that still share the row of their prompt, edited
     logits of a search of one beam, more than 1024 candidates of a search, more rows than sequences. None of that is
@@ -82,8 +83,11 @@ class KernelSelect:
         """See :class:`llmapi._runtime.candidates.Chooser`."""
         return rows <= min(MAX_BEAMS, self.max_rows) and count <= MAX_CANDIDATES
 
-    def choose(self, found: Tensor, asks: list[tuple[int, BeamAsk]]) -> Tensor:
-        """See :class:`llmapi._runtime.candidates.Chooser`."""
+    def choose(
+        self, found: Tensor, asks: list[tuple[int, BeamAsk]], before: Chosen | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`llmapi._runtime.beam_ask.Chooser`."""
+        device = self._gpu.device
         wanted = [(place, len(ask.sequences), ask.count, ask.ends) for place, ask in asks]
         if self._chooser is None or self._choices != wanted:
             choices = np.zeros(len(wanted), dtype=BEAM_CHOICE)
@@ -95,12 +99,21 @@ class KernelSelect:
                 own["list"], own["rows"], own["k"], own["slot"] = place, rows, count, slot
                 own["ends"], own["ends_stop"] = start, len(ends)
                 slot += rows
-            listed = torch.tensor([*ends, -1], dtype=torch.int32, device=self._gpu.device)
-            self._chooser, self._choices = (upload(choices, self._gpu.device), listed), wanted
-        total = sum(rows for _, rows, _, _ in wanted)
-        chosen = torch.empty(3, total, dtype=torch.int32, device=self._gpu.device)
+            listed = to_device(torch.tensor([*ends, -1], dtype=torch.int32), device)
+            self._chooser, self._choices = (upload(choices, device), listed), wanted
+        sizes = [rows for _, rows, _, _ in wanted]
+        chosen = torch.empty(3, sum(sizes), dtype=torch.int32, device=device)
+        worths = torch.empty(sum(sizes), dtype=torch.float64, device=device)
+        records = torch.empty(len(asks), 2 + max(sizes), dtype=torch.int32, device=device)
         choose_beams(self._gpu, found, *self._chooser, chosen)
-        return chosen
+        if any(ask.finishing is not None for _, ask in asks):
+            finishes, given = _finishes([ask for _, ask in asks])
+            finish_beams(
+                self._gpu, found, *self._chooser, upload(finishes, device), worths=worths, records=records,
+                before=None if before is None else before.worths,
+                given=to_device(given, device) if len(given) else None,
+            )  # fmt: skip
+        return chosen, worths, records
 
     def _serves(self, logits: Tensor, spans: Spans, normalized: bool) -> bool:
         shared = len(set(spans.first)) < len(spans.first)
@@ -177,3 +190,24 @@ class KernelSelect:
             listed += [(token, 0.0) for token in edit.banned]
             own["edits_end"] = len(listed)
         return np.array(listed, dtype=EDIT)
+
+
+def _finishes(asks: list[BeamAsk]) -> tuple[npt.NDArray[np.void], Tensor]:
+    """How searches end, and what has ended before, by slot, empty where the device knows it of all of them."""
+    finishes = np.zeros(len(asks), dtype=BEAM_FINISH)
+    given: list[float] = []
+    for place, ask in enumerate(asks):
+        worths: list[float] = []
+        if (how := ask.finishing) is not None:
+            finishes[place] = (
+                how.norm,
+                how.settle,
+                how.last,
+                how.always,
+                0 if ask.carried is None else ask.carried + 1,
+                0,
+            )
+            worths = how.worths
+        given += [*worths, *[-np.inf] * (len(ask.sequences) - len(worths))]
+    known = all(ask.carried is not None for ask in asks)
+    return finishes, torch.tensor([] if known else given, dtype=torch.float64)

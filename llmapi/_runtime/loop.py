@@ -193,10 +193,8 @@ class EngineLoop:
         for job, row in searches.items():
             assert job.beams is not None
             carried = None if job in waiting else slots.get(job.request)
-            flight.turns.append(BeamTurn(job, len(asks), job.beams.asks(row, carried)))
+            flight.turns.append(BeamTurn(job, len(asks), job.beams.asks(row, carried, ahead=overlaps)))
             asks += flight.turns[-1].asks
-            if overlaps:
-                asks[-1].ends = job.request.stop_token_ids
         if asks:
             flight.candidates = self._sampler.candidates.start(logits, asks, chosen)
         if flight.rows:

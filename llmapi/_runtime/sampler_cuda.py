@@ -30,6 +30,7 @@ from llmapi._runtime.request import Sequence
 from llmapi._runtime.sampler import Sampled, Sampler, SampleRow, SamplerTokenizer
 from llmapi._runtime.scratch import Scratch
 from llmapi._runtime.token_counts import TokenCounts
+from llmapi._runtime.transfer import to_host
 from llmapi.errors import RequestError
 from llmapi.outputs import Logprob
 from llmapi.sampling import SamplingParams
@@ -300,11 +301,11 @@ class PendingTokens:
 
     def copy_logprobs(self, values: Tensor, tokens: Tensor) -> None:
         """Begin to copy log probabilities to the host."""
-        self._copies = [_to_host(values), _to_host(tokens)]
+        self._copies = [to_host(values), to_host(tokens)]
 
     def copy_ids(self, ids: Tensor) -> None:
         """Begin to copy ids and reasons to the host; the last copy of the batch."""
-        self._host = _to_host(ids)
+        self._host = to_host(ids)
         self._arrived.record()
 
     def result(self) -> list[Sampled]:
@@ -343,7 +344,3 @@ class PendingTokens:
         start = sequence.num_prompt
         then = Sequence(sequence.request, sequence.index, [*sequence.token_ids[:start], *[0] * position], start)
         return failed(reason, self._sampler._vocab, then)
-
-
-def _to_host(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)

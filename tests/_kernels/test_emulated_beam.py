@@ -124,6 +124,11 @@ def test_choices(gpu: Any, shape: tuple[int, int]) -> None:
     beam_tests.test_choices(gpu, shape, SEED)
 
 
+@pytest.mark.parametrize(("width", "k"), [(1, 2), (2, 4), (4, 12), (33, 100), (256, 1024)])
+def test_books(gpu: Any, width: int, k: int) -> None:
+    beam_tests.test_books(gpu, width, k, SEED)
+
+
 @pytest.mark.parametrize(("width", "block_size"), [(1, 16), (37, 16), (300, 8), (5000, 1)])
 def test_moves(gpu: Any, width: int, block_size: int) -> None:
     beam_tests.test_moves(gpu, width, block_size, SEED)

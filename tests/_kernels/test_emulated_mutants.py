@@ -86,6 +86,11 @@ def beam_choices(gpu: EmulatedGpu) -> None:
         beam_tests.test_choices(gpu, shape, cases.SEED)  # type: ignore[arg-type]
 
 
+def beam_books(gpu: EmulatedGpu) -> None:
+    for width, k in ((4, 12), (33, 100), (256, 600)):
+        beam_tests.test_books(gpu, width, k, cases.SEED)  # type: ignore[arg-type]
+
+
 def masks(gpu: EmulatedGpu) -> None:
     sample_tests.test_masks(gpu, 1000, 30, torch.float32, cases.SEED)  # type: ignore[arg-type]
     sample_tests.test_masks(gpu, 1003, 30, torch.float32, cases.SEED)  # type: ignore[arg-type]
@@ -122,6 +127,7 @@ CHECKS: dict[str, Check] = {
     "beam NaN": lambda gpu: beam_tests.test_an_edited_row_that_is_nan_fails(gpu),  # type: ignore[arg-type]
     "beam clusters": beams(4200, [(4, 8), (14, 30)], torch.bfloat16),
     "beam choices": beam_choices,
+    "beam books": beam_books,
     "beam moves": lambda gpu: beam_tests.test_moves(gpu, 37, 16, cases.SEED),  # type: ignore[arg-type]
     "beam carried": lambda gpu: beam_tests.test_carried_scores(gpu, cases.SEED),  # type: ignore[arg-type]
     "beam counts": lambda gpu: beam_tests.test_counts(gpu, 5000, cases.SEED),  # type: ignore[arg-type]
@@ -249,9 +255,25 @@ MUTANTS: list[Mutant] = [
     ("beam.cu", "carried[row.carried - 1]", "carried[row.carried]", "beam carried"),
     ("beam.cu", "row.carried ? carried[row.carried - 1] : scores[at]", "scores[at]", "beam carried"),
     ("beam.cu", "score = NAN_F, token = found[s.failed].reason;", "score = NAN_F;", "beam failures"),
-    ("beam_reorder.cu", "scores[i] > -INFINITY_F", "true", "beam choices"),
-    ("beam_reorder.cu", "on = on && tokens[i] != ends[e]", "", "beam choices"),
+    ("beam_reorder.cu", "i < own.k && scores[i] > -INFINITY_F", "i < own.k", "beam choices"),
+    ("beam_reorder.cu", "on = on && !ends_it(tokens[i], own, ends)", "", "beam choices"),
     ("beam_reorder.cu", "e < own.ends_stop", "e < own.ends_stop - 1", "beam choices"),
+    ("beam_reorder.cu", "e < own.ends_stop", "e < own.ends_stop - 1", "beam books"),
+    ("beam_reorder.cu", "how.carried ? before + how.carried - 1 : given", "false ? before : given", "beam books"),
+    ("beam_reorder.cu", "tid < min(own.rows, own.k)", "tid < own.k", "beam books"),
+    ("beam_reorder.cu", "(how.last || ends_it(", "(ends_it(", "beam books"),
+    ("beam_reorder.cu", "int place = olds + rank_of(new_one", "int place = rank_of(new_one", "beam books"),
+    ("beam_reorder.cu", "scores[tid] / how.norm", "scores[tid] * (1 / how.norm)", "beam books"),
+    ("beam_reorder.cu", "i < own.k && !how.last", "i < own.k", "beam books"),
+    ("beam_reorder.cu", "(all[j] == all[i] && j < i)", "(all[j] == all[i] && j > i)", "beam books"),
+    ("beam_reorder.cu", "if (rank >= own.rows) continue;", "if (rank > own.rows) continue;", "beam books"),
+    ("beam_reorder.cu", "how.always || scores[best]", "scores[best]", "beam books"),
+    ("beam_reorder.cu", "scores[best] / how.settle", "scores[best] / how.norm", "beam books"),
+    ("beam_reorder.cu", "how.settle <= worst", "how.settle < worst", "beam books"),
+    ("beam_reorder.cu", "best == NOBODY || (kept", "(kept", "beam books"),
+    ("beam_reorder.cu", "worths[i] = -INFINITY_F, ", "", "beam books"),
+    ("beam_reorder.cu", "if (how.norm == 0) return;", "", "beam books"),
+    ("beam_reorder.cu", "if (sources[i] < 0) joined = 1;", "joined = 1;", "beam books"),
     ("beam_reorder.cu", "&& found < own.rows && !failed", "&& found < own.rows", "beam choices"),
     ("beam_reorder.cu", "place < own.rows) ranks", "place < own.rows && begin == 0) ranks", "beam choices"),
     ("beam_reorder.cu", "    found += all;", "    found = all;", "beam choices"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -26,10 +27,12 @@ class PlayedChooser:
 
     Attributes:
         edited: how many searches had edits made here, by whether their tokens were known to the host.
+        booked: likewise, how many had their books kept here.
     """
 
     max_rows = 64
     edited: ClassVar[Counter[bool]] = Counter()
+    booked: ClassVar[Counter[bool]] = Counter()
 
     def __init__(self) -> None:
         self._histories: dict[Request, list[list[int]]] = {}
@@ -67,22 +70,57 @@ class PlayedChooser:
             self._histories[request] = [[*old[parent], token] for parent, token in going]
         return self._histories[request]
 
-    def choose(self, found: torch.Tensor, asks: list[tuple[int, BeamAsk]]) -> torch.Tensor:
+    def choose(
+        self, found: torch.Tensor, asks: list[tuple[int, BeamAsk]], before: Chosen | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         chosen: list[tuple[int, int, float]] = []
-        for place, ask in asks:
+        worths, records = [], torch.zeros(len(asks), 2 + max(len(ask.sequences) for _, ask in asks), dtype=torch.int32)
+        for number, (place, ask) in enumerate(asks):
             scores, (tokens, beams) = found[0, place].view(torch.float32).tolist(), found[1:, place].tolist()
-            assert ask.ends is not None
-            good = [i for i in range(ask.count) if scores[i] > -torch.inf and tokens[i] not in ask.ends]
             rows = len(ask.sequences)
+            own, record = self._books(scores[: ask.count], tokens, ask, before)
+            worths += own
+            records[number, : len(record)] = torch.tensor(record, dtype=torch.int32)
+            good = _going(scores[: ask.count], tokens, ask)
             if len(good) < rows or scores[0] != scores[0]:
                 chosen += [(row, 0, 0.0) for row in range(rows)]
                 continue
             by_row, _ = seats([beams[i] for i in good[:rows]], rows)
             chosen += [(beams[i], tokens[i], scores[i]) for i in (good[rank] for rank in by_row if rank is not None)]
-        parents, tokens, scores = zip(*chosen, strict=True)
-        ints = torch.tensor([parents, tokens, [0] * len(parents)], dtype=torch.int32)
-        ints[2] = torch.tensor(scores).view(torch.int32)
-        return ints
+        parents, told, values = zip(*chosen, strict=True)
+        ints = torch.tensor([parents, told, [0] * len(parents)], dtype=torch.int32)
+        ints[2] = torch.tensor(values).view(torch.int32)
+        return ints, torch.tensor(worths, dtype=torch.float64), records
+
+    def _books(
+        self, scores: list[float], tokens: list[int], ask: BeamAsk, before: Chosen | None
+    ) -> tuple[list[float], list[int]]:
+        """Who has ended, and the record of it."""
+        how, rows = ask.finishing, len(ask.sequences)
+        if how is None:
+            return [0.0] * rows, []
+        PlayedChooser.booked[ask.carried is None] += 1
+        known = how.worths
+        if ask.carried is not None:
+            assert before is not None
+            known = before.worths[ask.carried : ask.carried + rows].tolist()
+        going = _going(scores, tokens, ask)
+        new = [i for i in range(min(rows, len(scores))) if scores[i] > -torch.inf and (how.last or i not in going)]
+        entries = [(worth, place) for place, worth in enumerate(known) if worth > -torch.inf]
+        entries += [(scores[i] / how.norm, ~i) for i in new]
+        best = sorted(entries, key=lambda entry: -entry[0])[:rows]
+        over = how.last or not going
+        if len(best) == rows and not over:
+            over = how.always or scores[going[0]] / how.settle <= best[-1][0]
+        joined = any(source < 0 for _, source in best)
+        padded = [worth for worth, _ in best] + [-math.inf] * (rows - len(best))
+        return padded, [joined + 2 * over, len(best), *(source for _, source in best)]
+
+
+def _going(scores: list[float], tokens: list[int], ask: BeamAsk) -> list[int]:
+    """Candidates that may go on."""
+    assert ask.ends is not None
+    return [i for i, score in enumerate(scores) if score > -torch.inf and tokens[i] not in ask.ends]
 
 
 def edit_row(x: torch.Tensor, edit: Foreseen, history: list[int], num_prompt: int) -> None:

@@ -37,6 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr("llmapi._runtime.engine_cpu.CpuEngine", PlayedEngine)
     PlayedEngine.moves = 0
     PlayedChooser.edited.clear()
+    PlayedChooser.booked.clear()
     yield tmp_path
     PlayedEngine.mask = None
 
@@ -153,6 +154,7 @@ def test_searches_are_those_of_the_synchronous_way(seed: int, checkpoint: Path, 
         moved = PlayedEngine.moves
         assert moved > 30 and compared() > 100
         assert PlayedChooser.edited[True] and PlayedChooser.edited[False] > 5
+        assert PlayedChooser.booked[True] > 10 and PlayedChooser.booked[False] > 50
         assert (sum(o.metrics.preemptions for o in ahead if o.metrics) > 0) == small
         llm._loop.plans_beams_ahead = False
         plain = llm.generate(prompts, params, use_tqdm=False)

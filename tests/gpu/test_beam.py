@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import random
@@ -15,15 +16,17 @@ from llmapi._kernels.beam import candidates, log_softmax, move_tables, request_r
 from llmapi._kernels.beam_cuda import MAX_CANDIDATES, BeamKernels, Candidates, settings
 from llmapi._kernels.beam_reorder_cuda import (
     BEAM_CHOICE,
+    BEAM_FINISH,
     BEAM_MOVE,
     BEAM_TALLY,
     choose_beams,
+    finish_beams,
     move_beams,
     move_counts,
 )
 from llmapi._kernels.gpu import Gpu
 from llmapi._kernels.sample_cuda import EDIT
-from llmapi._runtime.beam import seats
+from llmapi._runtime.beam import Beams, seats
 
 pytestmark = pytest.mark.gpu
 
@@ -478,6 +481,79 @@ def test_choices(gpu: Gpu, shape: tuple[int, int], seed: int) -> None:
         told = zip(chosen[0].tolist(), chosen[1].tolist(), chosen[2].view(torch.float32).tolist(), strict=True)
         assert list(told)[:-2] == expected, f"seed {seed} attempt {attempt}"
         assert (chosen[:, -2:] == -5).all()
+
+
+@pytest.mark.parametrize(("width", "k"), [(1, 2), (2, 4), (4, 12), (33, 100), (256, 1024)])
+def test_books(gpu: Gpu, width: int, k: int, seed: int) -> None:
+    """Who has ended, and when it is over, step after step, as the rules in plain numbers have it. Searches change
+    places; some are met again by the host, and of some the host keeps the books."""
+    rng = random.Random(seed)
+    searches: list[Beams] = []
+    places: list[tuple[Beams, int]] = []  # of searches among the results of the last step
+    before: torch.Tensor | None = None
+    ended = 0
+    for step in range(12):
+        searches = [s for s in searches if not s.over]
+        while len(searches) < 7:
+            early: Any = rng.choice([True, False, "never"])
+            penalty = rng.choice([1.0, 0.0, 2.0, 0.6, -0.5])
+            searches.append(
+                Beams(width if len(searches) < 5 else rng.randint(1, width), penalty, early, rng.randint(1, 9))
+            )
+        rng.shuffle(searches)
+        planes = torch.full((3, 7, k + step), -7, dtype=torch.int32)
+        choices, finishes = np.zeros(7, dtype=BEAM_CHOICE), np.zeros(7, dtype=BEAM_FINISH)
+        ends: list[int] = []
+        given: list[float] = []
+        found = []
+        for at, (own, place) in enumerate(zip(searches, rng.sample(range(7), 7), strict=True)):
+            drawn = random_candidates(rng, own.width, k, rng.choice(["usual", "ties", "ends", "ends", "few"]))
+            lower = rng.choice([0, 0, 4, 20])
+            found.append(([score - lower for score in drawn[0]], *drawn[1:]))
+            planes[0, place, :k] = torch.tensor(found[-1][0]).view(torch.int32)
+            planes[1:, place, :k] = torch.tensor(found[-1][1:], dtype=torch.int32)
+            choices[at] = (place, own.width, k, len(given), len(ends), len(ends) + 2, 0)
+            ends += [2, 4]
+            how, carried = own.finishing(0), next((slot + 1 for other, slot in places if other is own), 0)
+            carried *= rng.random() < 0.8
+            finishes[at] = (how.norm, how.settle, how.last, how.always, carried, 0)
+            known = how.worths + [-math.inf] * (own.width - len(how.worths))
+            given += [math.nan] * own.width if carried else known
+        held = rng.randrange(7)
+        finishes[held]["norm"] = 0
+        worths = torch.full((len(given) + 1,), 5.0, dtype=torch.float64, device=gpu.device)
+        records = torch.full((7, 3 + width), -9, dtype=torch.int32, device=gpu.device)
+        listed = torch.tensor([*ends, -1], dtype=torch.int32, device=gpu.device)
+        finish_beams(
+            gpu, planes.to(gpu.device), as_bytes(choices, gpu), listed, as_bytes(finishes, gpu), before=before,
+            given=torch.tensor(given, dtype=torch.float64, device=gpu.device), worths=worths, records=records,
+        )  # fmt: skip
+        told, numbers, places = worths.tolist(), records.tolist(), []
+        for at, own in enumerate(searches):
+            scores, tokens, rows = torch.tensor(found[at][0]).tolist(), found[at][1], found[at][2]
+            slot, follower = int(choices[at]["slot"]), copy.deepcopy(own)
+            ranks, new = own.advance(scores, rows, tokens, frozenset([2, 4]))
+            if at == held:
+                assert set(numbers[at]) == {-9} and set(told[slot : slot + own.width]) == {5.0}
+                continue
+            places.append((own, slot))
+            assert told[slot : slot + own.width] == worths_of(own) + [-math.inf] * (own.width - len(own.finished))
+            assert numbers[at][2 + own.width :] == [-9] * (1 + width - own.width)
+            assert follower.follow(numbers[at], scores, rows, tokens, frozenset([2, 4]))[0] == ranks
+            assert bool(numbers[at][0] & 1) == bool(new), f"seed {seed} step {step}"
+            assert (follower.over, books_of(follower)) == (own.over, books_of(own)), f"seed {seed} step {step}"
+            ended += own.over
+        assert told[-1] == 5.0
+        before = worths
+    assert ended > 10
+
+
+def worths_of(beams: Beams) -> list[float]:
+    return [one.score for one in beams.finished]
+
+
+def books_of(beams: Beams) -> list[tuple[Any, ...]]:
+    return [(f.score, f.cumulative, f.row, f.token, f.reason, f.stop) for f in beams.finished]
 
 
 def random_parents(rng: random.Random, rows: int) -> list[int]:

@@ -1,4 +1,5 @@
-// Beam search between two steps, without the host: who goes on, in which row, and from which blocks.
+// Beam search between two steps, without the host: who goes on, in which row, and from which blocks; who has ended, and
+// whether the search is over.
 //
 // A search keeps its number of rows. Of the continuations of a row the best stays in the row, each further one moves to
 // a row that has none; llmapi/_runtime/beam.py says it exactly, in seats(). So a row whose parent is another one has no
@@ -15,6 +16,16 @@ constexpr int NOBODY = 0x7fffffff;
 struct alignas(16) Choice {
   int list, rows, k, slot, ends, ends_stop, unused[2];
 };
+
+// How a search ends, of the length that this step's tokens give it. norm: that length to the power of its length penalty,
+// 0 where the host keeps the books itself; settle: likewise, of the length by which the best that goes on is judged. last:
+// no more tokens may follow; always: as soon as all places are taken it is over. carried: first place + 1 of what has ended
+// before in `before`; 0: it is in `given`.
+struct alignas(16) Finish {
+  double norm, settle;
+  int last, always, carried, unused;
+};
+static_assert(sizeof(Finish) == 32, "layout");
 
 // A search that has moved. row: its first in the tables; slot: its first place among the results of beam_choose.
 struct alignas(16) Move {
@@ -43,6 +54,13 @@ DEVICE int rank_of(bool flag, int* counts, int& all) {
   return before;
 }
 
+// Whether a token ends the search.
+DEVICE bool ends_it(int token, const Choice& own, const int* ends) {
+  bool found = false;
+  for (int e = own.ends; e < own.ends_stop; e++) found = found || token == ends[e];
+  return found;
+}
+
 // From the candidates of searches, [.., columns] and best first, the continuations of each: those of its first `rows`
 // that do not end it. By slot: parents, the row within the search that a row goes on from; tokens; scores. Where there
 // are fewer, and where the first score is NaN, every row stays, with token 0 and score 0: the host, which sees the same
@@ -63,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int begin = 0; begin < own.k && found < own.rows && !failed; begin += THREADS) {
     int i = begin + tid, all;
     bool on = i < own.k && scores[i] > -INFINITY_F;
-    for (int e = own.ends; e < own.ends_stop; e++) on = on && tokens[i] != ends[e];
+    on = on && !ends_it(tokens[i], own, ends);
     int place = found + rank_of(on, counts, all);
     if (on && place < own.rows) ranks[place] = i;
     found += all;
@@ -83,6 +101,50 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (!row) return;
   int rank = ranks[free ? late[place] : heads[tid]];
   parents[tid] = beams[rank], chosen[tid] = tokens[rank], carried[tid] = scores[rank];
+}
+
+// The books of searches: of their first `rows` candidates, those that end it, or all where it is the last step, join those
+// that have ended before, of which the best `rows` stay: by score / norm, of equals the older, then the better candidate.
+// worths, by slot: theirs, best first, then -inf. records [.., stride], a row for each search: 1 if a new one stays, plus 2 if
+// the search is over; how many there are; where each comes from: its place before, or ~rank of its candidate.
+// before, given: as worths. llmapi/_runtime/beam.py has the same rules in Beams.advance(). Grid: the searches.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    beam_finish(const float* scores, const int* tokens, int columns, const Choice* choices, const Finish* finishes,
+                const int* ends, const double* before, const double* given, double* worths, int* records, int stride) {
+  __shared__ double all[2 * THREADS], worst;
+  __shared__ int sources[2 * THREADS], counts[WARPS], best, joined;
+  pdl_wait();
+  pdl_launch();
+  Choice own = choices[blockIdx.x];
+  Finish how = finishes[blockIdx.x];
+  if (how.norm == 0) return;
+  int tid = threadIdx.x, fresh, olds;
+  scores += (int64_t)own.list * columns, tokens += (int64_t)own.list * columns;
+  worths += own.slot, records += (int64_t)blockIdx.x * stride;
+  const double* from = how.carried ? before + how.carried - 1 : given + own.slot;
+  double old = tid < own.rows ? from[tid] : -INFINITY_F;
+  bool new_one = tid < min(own.rows, own.k) && scores[tid] > -INFINITY_F && (how.last || ends_it(tokens[tid], own, ends));
+  if (tid == 0) best = NOBODY, joined = 0;
+  rank_of(old > -INFINITY_F, counts, olds);
+  int place = olds + rank_of(new_one, counts, fresh), total = olds + fresh, kept = min(total, own.rows);
+  if (tid < olds) all[tid] = old, sources[tid] = tid;
+  if (new_one) all[place] = scores[tid] / how.norm, sources[place] = ~tid;
+  for (int i = tid; i < own.k && !how.last; i += THREADS)
+    if (scores[i] > -INFINITY_F && !ends_it(tokens[i], own, ends)) atomicMin(&best, i);
+  __syncthreads();
+  for (int i = tid; i < total; i += THREADS) {
+    int rank = 0;
+    for (int j = 0; j < total; j++) rank += all[j] > all[i] || (all[j] == all[i] && j < i);
+    if (rank >= own.rows) continue;
+    worths[rank] = all[i], records[2 + rank] = sources[i];
+    if (rank == own.rows - 1) worst = all[i];
+    if (sources[i] < 0) joined = 1;
+  }
+  for (int i = kept + tid; i < own.rows; i += THREADS) worths[i] = -INFINITY_F, records[2 + i] = 0;
+  __syncthreads();
+  if (tid) return;
+  bool over = best == NOBODY || (kept == own.rows && (how.always || scores[best] / how.settle <= worst));
+  records[0] = joined + 2 * over, records[1] = kept;
 }
 
 // Block tables [.., width] for the next step, in place: a row has the full blocks of its parent. Its last block, for the
