@@ -2,12 +2,15 @@
 
     python benchmarks/beam_gpu.py                      # Llama-2-7B's shape, random weights, 64 prompts 128/128, width 4
     python benchmarks/beam_gpu.py --transformers 8     # also generate(num_beams=4) on batches of 8 prompts
+    python benchmarks/beam_gpu.py --tokenizer MODEL    # also searches with stop texts, bad words and grammars
 
 Rates count ``prompts x width x tokens`` over the whole run, prompts included. Each workload runs twice in one process;
 the second run counts. A step's time is that of the second half of the tokens, from a run of all and a run of half of
 them: greedy and beams then hold as many sequences of the same lengths, and prompts have no part in it. "waiting" is
 beam search whose next step is launched only when the host knows the candidates of the one before; "edited" has
-a repetition penalty and ``min_tokens``.
+a repetition penalty and ``min_tokens``, "logprobs" five log probabilities of each token, "stops" two stop texts that
+never come, "words" bad words of several tokens, "guided" a grammar that allows all letters. "ending" may end anywhere:
+of its vocabulary one token in fifty ends a sequence, so that the books have something to do.
 """
 
 from __future__ import annotations
@@ -31,29 +34,47 @@ def prompts_of(count: int, length: int, seed: int) -> list[list[int]]:
     return [[rng.randrange(3, SHAPE["vocab_size"]) for _ in range(length)] for _ in range(count)]
 
 
+def workloads(args: argparse.Namespace) -> dict[str, tuple[int, dict[str, Any]]]:
+    """By name: how many prompts, and the parameters."""
+    beams = {"use_beam_search": True, "beam_width": args.width, "ignore_eos": True}
+    ends = list(range(3, SHAPE["vocab_size"], 50))[:250]
+    found: dict[str, tuple[int, dict[str, Any]]] = {
+        "greedy": (args.prompts * args.width, {"temperature": 0, "ignore_eos": True}),
+        "waiting": (args.prompts, beams),
+        "beams": (args.prompts, beams),
+        "edited": (args.prompts, {**beams, "repetition_penalty": 1.2, "min_tokens": 8}),
+        "logprobs": (args.prompts, {**beams, "logprobs": 5}),
+        "ending": (args.prompts, {**beams, "stop_token_ids": ends, "early_stopping": "never", "length_penalty": 2.0}),
+    }
+    if args.tokenizer is not None:
+        found["stops"] = args.prompts, {**beams, "stop": ["no such text", "nor this one"], "detokenize": True}
+        found["words"] = args.prompts, {**beams, "bad_words": ["several tokens", "of one word"]}
+        found["guided"] = args.prompts, {**beams, "guided_decoding": {"regex": "[A-Za-z ]*"}, "detokenize": True}
+    return found
+
+
 def ours(folder: Path, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Tokens a second, and milliseconds of a decoding step, of greedy sequences and of beams in both ways."""
+    """Tokens a second, and milliseconds of a decoding step, of each workload."""
     from llmapi import LLM, SamplingParams
 
-    beams = {"use_beam_search": True, "beam_width": args.width}
     seqs, length, half = args.prompts * args.width, args.tokens_in + args.tokens_out, args.tokens_out // 2
     told: dict[str, tuple[float, float]] = {}
+    texts: dict[str, Any] = {"skip_tokenizer_init": True}
+    if args.tokenizer is not None:
+        texts = {"tokenizer": args.tokenizer}
     with LLM(
-        folder, backend="cuda", load_format="dummy", skip_tokenizer_init=True, max_batch_size=seqs, max_num_tokens=8192,
-        max_seq_len=length, cache_dir=folder / "cache", progress=False,
+        folder, backend=args.backend, load_format="dummy", max_batch_size=seqs, max_num_tokens=8192,
+        max_seq_len=length, cache_dir=folder / "cache", progress=False, **texts,
     ) as llm:  # fmt: skip
 
         def seconds(count: int, options: dict[str, Any], tokens: int, seed: int) -> float:
-            params = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, **options)
+            params = SamplingParams(**{"max_tokens": tokens, "detokenize": False, **options})
             prompts = prompts_of(count, args.tokens_in, seed)
             begin = time.perf_counter()
             llm.generate(prompts, params, use_tqdm=False)
             return time.perf_counter() - begin
 
-        for name, count, options in (
-            ("greedy", seqs, {"temperature": 0}), ("waiting", args.prompts, beams), ("beams", args.prompts, beams),
-            ("edited", args.prompts, {**beams, "repetition_penalty": 1.2, "min_tokens": 8}),
-        ):  # fmt: skip
+        for name, (count, options) in workloads(args).items():
             llm._loop.plans_beams_ahead = name != "waiting"
             seconds(count, options, args.tokens_out, 0)
             short, whole = seconds(count, options, half, 1), seconds(count, options, args.tokens_out, 2)
@@ -93,8 +114,13 @@ def main() -> None:
     parser.add_argument("--tokens-out", type=int, default=128)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--transformers", type=int, default=0, metavar="BATCH", help="prompts a batch; 0 leaves it out")
+    parser.add_argument("--config", type=Path, help="config.json of another shape")
+    parser.add_argument("--tokenizer", help="a model whose tokenizer is taken; its vocabulary is no larger")
+    parser.add_argument("--backend", default="cuda")
     args = parser.parse_args()
     SHAPE["num_hidden_layers"] = args.layers
+    if args.config is not None:
+        SHAPE.update(json.loads(args.config.read_text()))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPE))
         told = ours(Path(folder), args)

@@ -49,6 +49,15 @@ def test_host_time_of_beams(bench: Bench, capsys: pytest.CaptureFixture[str]) ->
     assert "2 requests of 3 beams, 7 steps: median" in capsys.readouterr().out
 
 
+def test_beams_beside_greedy_sequences(bench: Bench, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llguidance", reason="the extra [guided] is not installed")
+    counts = ("--prompts", "2", "--width", "2", "--tokens-in", "4", "--tokens-out", "16", "--backend", "cpu")
+    bench(FOLDER / "beam_gpu.py", "--config", str(model / "config.json"), "--tokenizer", str(model), *counts)
+    lines = capsys.readouterr().out.splitlines()
+    names = ["2", "greedy", "waiting", "beams", "edited", "logprobs", "ending", "stops", "words", "guided"]
+    assert [line.split()[0] for line in lines] == names and "of the greedy rate" in lines[-1]
+
+
 def test_guided(bench: Bench, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("llguidance", reason="the extra [guided] is not installed")
     counts = ("--requests", "4", "--tokens", "8", "--repeats", "1", "--backend", "cpu", "--cache-dir", str(tmp_path))
