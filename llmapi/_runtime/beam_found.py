@@ -201,6 +201,7 @@ class _Reports:
         measured = None
         if counts:
             tokens, own = found.long().clamp(min=0)  # -1 where a search has fewer
+            tokens = tokens.clamp(max=x.shape[1] - 1)  # a reason where it failed
             own += indices(starts[:-1], device)[:, None]
             measured = measure(x, own.flatten(), tokens.flatten(), min(max(counts), x.shape[1])).to_host()
         kept = {

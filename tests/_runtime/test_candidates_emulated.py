@@ -54,6 +54,26 @@ def test_nan_comes_first(found: KernelSelect) -> None:
     assert bool(scores[0, 0].isnan()) and not bool(scores[1].isnan().any()) and found.launches == 1
 
 
+def test_log_probabilities_beside_a_search_that_fails(found: KernelSelect) -> None:
+    """All its logits are NaN: their number, which stands where its first token should, is no token."""
+    logits = torch.randn(5, VOCAB) * 2
+    logits[1] = torch.nan
+    exact = logits.double().log_softmax(1)
+    good = search(2, logprobs=3, return_logits="generation")
+    asks = [BeamAsk(search(2, logprobs=1), [0.0, 0.0], 0, 4), BeamAsk(good, [0.0, -1.0], 3, 4)]
+    asks.append(BeamAsk(search(1), [0.0], 2, 4))
+    failed, told, quiet = Candidates(VOCAB, LogitEdits(VOCAB), found).start(logits, asks).result()
+    assert failed.scores[0] != failed.scores[0] and failed.tokens[0] == VOCAB and quiet.report is None
+    assert told.report is not None and told.report.told is not None and told.report.logits is not None
+    assert torch.equal(told.report.logits, logits[3:])
+    for place, (row, token) in enumerate(zip(told.rows, told.tokens, strict=True)):
+        [entry] = told.report.told.entries(told.report.first + place, told.report.first_row + row, [token], 3, None)
+        order = exact[3 + row].argsort(descending=True).tolist()
+        assert next(iter(entry)) == token and entry[token].rank == order.index(token) + 1
+        assert set(entry) == {token, *order[:3]}
+        assert [one.logprob for one in entry.values()] == pytest.approx([float(exact[3 + row, t]) for t in entry])
+
+
 def test_what_the_kernels_do_not_serve_is_done_by_torch(found: KernelSelect) -> None:
     logits = torch.randn(3, VOCAB)
     cases = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def test_beams_are_those_of_transformers(tmp_path: Path, cache: Path) -> None:
 def test_planning_ahead_changes_nothing(tmp_path: Path, cache: Path, block_size: int) -> None:
     """Searches of many widths beside greedy and sampled requests, through a pool that preempts, in both ways. Penalties
     have no part in it: they are computed by kernels in one way and by torch in the other, and ties may fall otherwise.
+    What the host decides or reports has: texts that end beams, grammars, processors, log probabilities and logits.
 
     After each launch the device's tables are the host's, and every search but its first step is ahead.
     """
@@ -69,7 +71,11 @@ def test_planning_ahead_changes_nothing(tmp_path: Path, cache: Path, block_size:
             edits: list[dict[str, Any]] = [
                 {}, {},
                 {"min_tokens": rng.randint(1, count)}, {"logit_bias": {9: 3.0, 12: -100.0}},
+                {"stop": ["e", "th"]}, {"logprobs": 2}, {"logprobs": 0, "return_logits": "generation"},
+                {"logits_processors": [lambda ids, x: x.roll(len(ids))]}, {"bad_words": ["ab", "the", " o"]},
             ]  # fmt: skip
+            if importlib.util.find_spec("llguidance") is not None:
+                edits += [{"guided_decoding": {"regex": "([a-e]{2,5}|[f-z]{7,9})"}, "logprobs": 1}] * 2
             params.append(
                 SamplingParams(
                     use_beam_search=True, beam_width=width, n=width, max_tokens=count, stop_token_ids=stops,
@@ -96,3 +102,9 @@ def test_planning_ahead_changes_nothing(tmp_path: Path, cache: Path, block_size:
         assert [o.finish_reason for o in one.outputs] == [o.finish_reason for o in other.outputs]
         for a, b in zip(one.outputs, other.outputs, strict=True):
             assert a.score == (None if b.score is None else pytest.approx(b.score, abs=1e-3))
+            for entry, other_entry in zip(a.logprobs or (), b.logprobs or (), strict=True):
+                assert list(entry) == list(other_entry)
+                near = [pytest.approx(one.logprob, abs=1e-3) for one in other_entry.values()]
+                assert [one.logprob for one in entry.values()] == near
+            if b.logits is not None:
+                torch.testing.assert_close(a.logits, b.logits, atol=1e-2, rtol=1e-3)
