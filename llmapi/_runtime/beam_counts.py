@@ -12,6 +12,7 @@ from llmapi._runtime.beam_ask import Chosen
 from llmapi._runtime.beam_moves import upload
 from llmapi._runtime.request import Request, Sequence
 from llmapi._runtime.token_counts import IN_PROMPT
+from llmapi._runtime.transfer import to_device
 
 Search = tuple[list[Sequence], int | None]
 """Its beams, and their first place among what the step before chose, where that is not known on the host yet."""
@@ -97,5 +98,5 @@ class BeamCounts:
     def _ids(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids as places in a row, and 1 where a place is the id's."""
         device = self._gpu.device
-        ids = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        ids = to_device(torch.tensor(rows, dtype=torch.int64), device)
         return ids.clamp(max=self._vocab - 1), (ids < self._vocab).int()

@@ -22,6 +22,7 @@ from llmapi._runtime.graphs_cuda import Graphs
 from llmapi._runtime.program import Program
 from llmapi._runtime.sampler_cuda import CudaSampler
 from llmapi._runtime.step_buffers import StepBuffers, StepShape, num_decodes
+from llmapi._runtime.transfer import indices, to_device
 from llmapi.config import EngineConfig
 from llmapi.errors import ConfigError, EngineClosedError
 from llmapi.models.spec import TransformerSpec
@@ -123,7 +124,7 @@ class CudaEngine(Engine):
             device = self._gpu.device
 
             def select(states: torch.Tensor) -> torch.Tensor | None:
-                return states[torch.tensor(projected, device=device)] if projected else None
+                return states[indices(projected, device)] if projected else None
 
             self._binder.begin(plan)
             hidden, logits = self._program.run_hidden(plan, arrays, select)
@@ -156,7 +157,7 @@ class CudaEngine(Engine):
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         device = self._gpu.device
-        pairs = torch.tensor(copies, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        pairs = to_device(torch.tensor(copies, dtype=torch.int32), device)
         copy_blocks(self._gpu, self._cache_pointers, pairs, self._block_bytes)
 
     def _measure_peak(self) -> int:

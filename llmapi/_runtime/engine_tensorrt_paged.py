@@ -16,6 +16,7 @@ from llmapi._runtime.engine import Engine, cache_names, num_kv_blocks
 from llmapi._runtime.padded_step import PaddedStep, empty_step
 from llmapi._runtime.plan_rows import PlanRows
 from llmapi._runtime.tensorrt_plan import LoadedPlan
+from llmapi._runtime.transfer import to_device
 from llmapi.config import EngineConfig
 from llmapi.errors import BuildError, CacheError, CapacityError, ConfigError, EngineClosedError, LLMAPIError
 from llmapi.models.spec import TransformerSpec
@@ -171,7 +172,7 @@ class TensorRTPagedEngine(Engine):
         return self._out.first(rows)
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        source, target = torch.tensor(copies, device=self._gpu.device).t()
+        source, target = to_device(torch.tensor(copies), self._gpu.device).t()
         for cache in self._caches.values():
             cache[target] = cache[source]
 

@@ -21,6 +21,7 @@ from llmapi._runtime.plan import Entry, StepPlan
 from llmapi._runtime.request import Request, Sequence
 from llmapi._runtime.sampler import Sampler, SampleRow
 from llmapi._runtime.scheduler import Scheduler
+from llmapi._runtime.transfer import indices
 from llmapi.errors import EngineClosedError
 
 log = logging.getLogger("llmapi")
@@ -198,7 +199,7 @@ class EngineLoop:
         if asks:
             flight.candidates = self._sampler.candidates.start(logits, asks, chosen)
         if flight.rows:
-            wanted = logits if len(picked) == logits.shape[0] else logits[torch.tensor(picked, device=logits.device)]
+            wanted = logits if len(picked) == logits.shape[0] else logits[indices(picked, logits.device)]
             flight.pending = self._sampler.start(wanted, flight.rows)
         return flight
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmapi._runtime.request import Sequence
+from llmapi._runtime.transfer import indices
 
 IN_PROMPT = -(1 << 31)  # the highest bit of an int32
 
@@ -86,8 +87,7 @@ class TokenCounts:
     def _fill(self, slot: int, sequence: Sequence, last_ids: Tensor | None) -> None:
         """Count a sequence anew."""
         row = self._table[slot].zero_()
-        ids = torch.tensor(sequence.token_ids, dtype=torch.int64, pin_memory=row.is_cuda)
-        ids = ids.to(self._device, non_blocking=True)
+        ids = indices(sequence.token_ids, self._device)
         if sequence.token_ids[-1] < 0 and last_ids is not None:
             ids[-1] = last_ids[~sequence.token_ids[-1]]
         known = (ids >= 0) & (ids < self._vocab)

@@ -11,7 +11,7 @@ def to_host(x: torch.Tensor) -> torch.Tensor:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of a small tensor of the host on a device; on a GPU the copy is queued, and nobody waits for what is
+    """A small tensor of the host on a device; on a GPU the copy is queued, and nobody waits for what is
     before it, as ``x.to(device)`` would."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 

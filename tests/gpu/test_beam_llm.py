@@ -108,3 +108,36 @@ def test_planning_ahead_changes_nothing(tmp_path: Path, cache: Path, block_size:
                 assert [one.logprob for one in entry.values()] == near
             if b.logits is not None:
                 torch.testing.assert_close(a.logits, b.logits, atol=1e-2, rtol=1e-3)
+
+
+def test_launching_a_step_waits_for_nothing(tmp_path: Path, cache: Path) -> None:
+    """While a step flies, nothing that launches the next one waits for the stream: PyTorch would raise."""
+    checkpoint = tiny_checkpoint(tmp_path / "llama", hidden_size=256)
+    search: dict[str, Any] = {"use_beam_search": True, "beam_width": 4, "max_tokens": 20, "ignore_eos": True}
+    kinds: list[dict[str, Any]] = [
+        {}, {"logprobs": 2, "return_logits": "generation"}, {"stop": ["no such text"]}, {"repetition_penalty": 1.2},
+        {"bad_words": ["some words"], "frequency_penalty": 0.1, "logit_bias": {7: 1.0}},
+    ]  # fmt: skip
+    if importlib.util.find_spec("llguidance") is not None:
+        kinds.append({"guided_decoding": {"regex": "[a-z ]*"}})
+    params = [SamplingParams(**search, **kind) for kind in kinds]
+    params += [SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), SamplingParams(max_tokens=20, logprobs=1)]
+    with LLM(checkpoint, backend="cuda", dtype="bfloat16", cache_dir=cache, max_batch_size=32) as llm:
+        launch, checked = llm._loop._launch, 0
+
+        def watched(plan: Any) -> Any:
+            nonlocal checked
+            if llm._loop._flight is None:
+                return launch(plan)
+            checked += 1
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return launch(plan)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        prompts = prompts_of([9] * len(params), seed=2)
+        llm.generate(prompts, params, use_tqdm=False)  # compiles and captures
+        llm._loop._launch = watched  # type: ignore[method-assign]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert checked > 15 and all(o.finished for o in outputs)
