@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
-
-import torch
 
 from llmapi._runtime.beam import (
     NEVER,
     Beams,
-    Ending,
     Finished,
     diversify,
     normalized,
@@ -22,11 +18,10 @@ from llmapi._runtime.beam import (
     seats,
 )
 from llmapi._runtime.beam_ask import BeamAsk
+from llmapi._runtime.beam_carried import Added, Carried, Heir
 from llmapi._runtime.beam_found import Found, PendingCandidates
-from llmapi._runtime.beam_output import BeamOutputs, Kept, Line
-from llmapi._runtime.guide import Guide
+from llmapi._runtime.beam_output import BeamOutputs
 from llmapi._runtime.request import Request, Sequence
-from llmapi._runtime.transcript import Transcript
 from llmapi.outputs import CompletionOutput, FinishReason
 
 if TYPE_CHECKING:
@@ -59,12 +54,11 @@ class Mover(Protocol):
 
 @dataclass(slots=True)
 class _Move:
-    """What happens to a group: which continuations go on, which have ended, what either carries, by row and token."""
+    """What happens to a group: which continuations go on, and what is added to what they carry."""
 
     group: int
     children: list[Child]
-    told: dict[tuple[int, int], Kept] = field(default_factory=dict)
-    guides: dict[tuple[int, int], Guide] = field(default_factory=dict)
+    added: Added = field(default_factory=Added)
 
 
 class BeamRun:
@@ -102,16 +96,11 @@ class BeamRun:
         self._rows: list[list[Sequence]] = [[request.sequences[0]]] * p.num_beam_groups
         self._shared = grouped  # whether the groups still share the prompt's one sequence
         self._asked: list[int] = []  # groups of the step in flight
-        self._checks = bool(p.stop) and p.detokenize and tokenizer is not None
-        self._guided = p.guided_decoding is not None
-        self._keeps = p.logprobs is not None or p.returns_generation_logits
-        self._kept: dict[Sequence, Kept] = {}
-        if self._keeps or self._checks:
-            self._kept[request.sequences[0]] = Kept(Transcript.of(p, tokenizer) if self._checks else None)
+        self._carried = Carried(request, tokenizer)
         self._outputs = BeamOutputs(request, tokenizer)
         self._stopped: FinishReason | None = None
         self._reserved = False  # whether the sequences end in references
-        self._bare = not (grouped or self._kept or self._guided)  # beams carry nothing but their tokens
+        self._bare = self._carried.nothing and not grouped
         # The device can tell who goes on, but for stop texts and ends of grammars, which few steps complete.
         self._ahead = not grouped
         self.blocks = 0
@@ -140,7 +129,7 @@ class BeamRun:
             ask = BeamAsk(self._rows[0], scores, first_row, self._count, self._size == 1, carried)
             if ahead:
                 ask.ends = self._ends
-                ask.finishing = None if self._checks or self._guided else beams.finishing(int(self._reserved))
+                ask.finishing = None if self._carried.may_end else beams.finishing(int(self._reserved))
             return [ask]
         self._asked = [g for g, beams in enumerate(self._groups) if not beams.over]
         greedy = self._request.params.num_beams == 1
@@ -206,7 +195,7 @@ class BeamRun:
             if taken:
                 scores, rows, tokens = diversify(scores, rows, tokens, taken, penalty, self._count)
             move = _Move(g, [])
-            ending = self._ending(seqs, move) if self._checks or self._guided else None
+            ending = self._carried.ending(seqs, move.added) if self._carried.may_end else None
             if own.record is not None:
                 ranks, new = beams.follow(own.record, scores, rows, tokens, self._ends)
             else:
@@ -220,10 +209,11 @@ class BeamRun:
                     lost = _displaced([rows[rank] for rank in on_device], len(seqs))
             if not beams.over:
                 move.children = [(rows[rank], tokens[rank], scores[rank]) for rank in ranks]
-            if self._keeps:
-                self._tell(move, new, own)
+            if self._carried.reported:
+                chosen = [*((row, token) for row, token, _ in move.children), *((f.row, f.token) for f in new)]
+                self._carried.report(chosen, own, move.added)
             for one in new:
-                one.output = self._line(seqs[one.row], one.row, one.token, move)
+                one.output = self._carried.line(seqs[one.row], one.row, one.token, move.added)
             moves.append(move)
         self.over = all(beams.over for beams in self._groups)
         if not beams.length % _LOOK or self.over:
@@ -285,7 +275,7 @@ class BeamRun:
         """
         take = scheduler.inherit if moved else scheduler.adopt
         extended: list[tuple[Sequence, int]] = []
-        kept: list[tuple[Sequence, Kept]] = []
+        heirs: list[Heir] = []
         resized, shared, prompt = False, self._shared, self._rows[moves[0].group]
         for move in moves:
             parents = self._rows[move.group]
@@ -305,8 +295,10 @@ class BeamRun:
                 own.append(self._fork(parents[child[0]], move.group, own, scheduler))
                 taken.append(child)
                 resized = True
-            if self._kept:
-                kept += [(seq, self._heirloom(parents[c[0]], c, move)) for seq, c in zip(own, taken, strict=True) if c]
+            if not self._bare:
+                for seq, child in zip(own, taken, strict=True):
+                    if child is not None:
+                        heirs.append(self._carried.heir(seq, parents[child[0]], child[0], child[1], move.added))
             for row in free:
                 scheduler.finish(own[row])
                 resized = True
@@ -320,16 +312,12 @@ class BeamRun:
             for seq, child in zip(own, going, strict=True) if lost else ():
                 if child[0] in lost:
                     scheduler.rewind(seq)
-            for seq, child in zip(own, going, strict=True) if self._guided else ():
-                seq.guide = move.guides[child[0], child[1]]
         for seq, token in extended:
             seq.token_ids.append(token)
-        self._kept.update(kept)
+        self._carried.settle(heirs)
         self._shared = False
         if resized:
             self._request.sequences = [seq for g in self._asked for seq in self._rows[g]]
-            if self._kept:
-                self._kept = {seq: self._kept[seq] for seq in self._request.sequences}
 
     def _fork(self, parent: Sequence, group: int, own: list[Sequence], scheduler: Mover) -> Sequence:
         used = {seq.index for seq in own}
@@ -337,53 +325,6 @@ class BeamRun:
         child = Sequence(self._request, index, parent.token_ids.copy(), parent.num_prompt)
         scheduler.fork(parent, child)
         return child
-
-    # ---- what beams carry besides their tokens
-
-    def _ending(self, seqs: list[Sequence], move: _Move) -> Callable[[int, int], Ending | None]:
-        """Whether a token completes a stop text or the grammar of a beam; what it makes of them is kept in ``move``."""
-
-        def ending(row: int, token: int) -> Ending | None:
-            found = self._append(seqs[row], row, token, move) if self._checks else None
-            guide = seqs[row].guide
-            if guide is not None:
-                guide = move.guides[row, token] = guide.fork()
-                guide.accept(token)
-            if found is None and (guide is None or not guide.complete):
-                return None
-            return "stop", found
-
-        return ending
-
-    def _append(self, seq: Sequence, row: int, token: int, move: _Move) -> str | None:
-        """The stop text that a token completes."""
-        before = self._kept[seq].transcript
-        assert before is not None
-        after = before.fork()
-        move.told.setdefault((row, token), Kept()).transcript = after
-        return after.append(token)
-
-    def _tell(self, move: _Move, new: list[Finished], found: Found) -> None:
-        """Keep the log probabilities and the logits of the tokens that were chosen."""
-        p, report = self._request.params, found.report
-        assert report is not None
-        decode = self._tokenizer.token_text if self._tokenizer is not None and p.detokenize else None
-        places = {pair: place for place, pair in enumerate(zip(found.rows, found.tokens, strict=True))}
-        for row, token in [*((c[0], c[1]) for c in move.children), *((f.row, f.token) for f in new)]:
-            kept = move.told.setdefault((row, token), Kept())
-            if report.told is not None and p.logprobs is not None:
-                first, of = report.first + places[row, token], report.first_row + row
-                kept.logprobs = report.told.entries(first, of, [token], p.logprobs, decode)
-            if report.logits is not None:
-                with torch.inference_mode(False):  # a tensor that the user may change
-                    kept.logits = [report.logits[row].clone()]
-
-    def _heirloom(self, parent: Sequence, child: Child, move: _Move) -> Kept:
-        return self._kept[parent].extended(move.told[child[0], child[1]])
-
-    def _line(self, seq: Sequence, row: int, token: int, move: _Move) -> Line:
-        kept = self._kept[seq].extended(move.told.get((row, token), Kept())) if self._kept else None
-        return Line([*seq.output_ids, token], kept)
 
     # ---- what the user sees
 
@@ -395,7 +336,7 @@ class BeamRun:
         score, seq = max(self._running(), key=lambda pair: pair[0])
         ids = seq.output_ids
         worth = normalized(score, len(ids), self._request.params.length_penalty) if ids else None
-        return [self._outputs.leading(Line(ids, self._kept.get(seq)), worth)]
+        return [self._outputs.leading(self._carried.running(seq), worth)]
 
     def stop(self, reason: FinishReason) -> None:
         """End the search before its time: its beams count as finished."""
@@ -404,8 +345,7 @@ class BeamRun:
                 for score, seq in zip(beams.scores, seqs, strict=False):
                     ids = seq.output_ids
                     worth = normalized(score, max(1, len(ids)), self._request.params.length_penalty)
-                    line = Line(ids, self._kept.get(seq))
-                    beams.finished.append(Finished(worth, score, 0, 0, reason, None, line))
+                    beams.finished.append(Finished(worth, score, 0, 0, reason, None, self._carried.running(seq)))
         self._stopped = reason
 
     def _running(self) -> list[tuple[float, Sequence]]:
