@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from llmapi._kernels.nvrtc import Unit
 
 THREADS = max(1, min(16, os.cpu_count() or 1))
+FEW = max(1, THREADS // 4)
+"""Threads while there is other work: NVRTC holds no lock of Python's, but a core each."""
 
 
 class Compiling:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmapi._kernels.compiling import THREADS, Compiling
+from llmapi._kernels.compiling import FEW, THREADS, Compiling
 from llmapi._kernels.nvrtc import DTYPE_MACRO, Unit, architecture, compile_unit
 from llmapi.errors import BuildError
 
@@ -182,9 +182,9 @@ class Gpu:
 
         Args:
             units: those that may be asked for; repeated and loaded ones cost nothing.
-            calmly: one at a time, as there is other work to do meanwhile.
+            calmly: on few cores, as there is other work to do meanwhile.
         """
-        self._compiling.begin(self._missing(units), threads=1 if calmly else THREADS)
+        self._compiling.begin(self._missing(units), threads=FEW if calmly else THREADS)
 
     def prefetch(self, units: Iterable[Unit]) -> None:
         """Get the machine code of units ahead of their first use, several at a time: NVRTC compiles on one core each.
