@@ -47,6 +47,8 @@ def test_it_can_be_loaded(path: Path, bench: Bench) -> None:
 def test_host_time_of_beams(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     bench(FOLDER / "beam_host.py", "--requests", "2", "--width", "3", "--tokens", "9", "--prompt", "5")
     assert "2 requests of 3 beams, 7 steps: median" in capsys.readouterr().out
+    bench(FOLDER / "beam_host.py", "--requests", "2", "--width", "3", "--prompt", "5", "--books")
+    assert capsys.readouterr().out.count("2 searches of 3 beams, books kept") == 4
 
 
 def test_beams_beside_greedy_sequences(bench: Bench, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
